@@ -1,0 +1,30 @@
+"""Settings of all tests: four devices, shapes and dtypes enforced."""
+
+import os
+from pathlib import Path
+
+# Before JAX starts: the multi-device tests need several devices on any machine.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Every shape and type in a signature of the package is checked when it is called.
+install_import_hook("wf_vit", "beartype.beartype").__enter__()
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the checkout; its tests skip without it."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the data folder shared/ beside the checkout")
+    return folder
