@@ -1,0 +1,230 @@
+"""The models: sizes, equivalences, and what they refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wf_vit.errors import UsageError
+from wf_vit.models import registry
+from wf_vit.models.membership import FieldConfig
+from wf_vit.models.vit import ViT, sincos_positions
+from wf_vit.models.windowfree import WindowFreeViT
+
+SMALL = {
+    "num_classes": 7,
+    "image_size": (12, 16),
+    "patch_size": (4, 4),
+    "width": 32,
+    "depth": 3,
+    "mlp_dim": 64,
+    "num_heads": 4,
+}
+
+# Exact sizes at 224 px and 1,000 classes: mean pooling and fixed positions, as the
+# ImageNet configs have them. A model that is not listed fails the test.
+PARAMETERS = {
+    ("vit", "mu/16"): 83_080,
+    ("vit", "Ti/16"): 5_679_400,
+    ("vit", "S/16"): 21_974_632,
+    ("vit", "B/16"): 86_415_592,
+    ("vit", "L/16"): 304_123_880,
+    ("windowfree", "mu/16"): 83_608,
+    ("windowfree", "Ti/16"): 5_707_192,
+    ("windowfree", "S/16"): 22_085_512,
+    ("windowfree", "B/16"): 86_858_536,
+    ("windowfree", "L/16"): 305_698_280,
+}
+
+
+def random_params(model, seed=0):
+    """Parameters without the zeros that a fresh head and fresh fields start from."""
+    shape = (1, *model.image_size, 3)
+    params = model.init(jax.random.key(seed), jnp.zeros(shape))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [
+        x + 0.05 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def images_for(model, batch=2):
+    return jax.random.normal(jax.random.key(9), (batch, *model.image_size, 3))
+
+
+def without_fields(params):
+    """A ViT's parameters among those of a window-free transformer."""
+    if not isinstance(params, dict):
+        return params
+    return {k: without_fields(v) for k, v in params.items() if k != "field"}
+
+
+@pytest.mark.parametrize("name", registry.MODELS)
+@pytest.mark.parametrize("size", registry.VARIANTS)
+def test_parameter_count(name, size):
+    variant = f"{size}/16"
+    config = registry.default_config(name, variant)
+    model = registry.create_model(config, num_classes=1000, image_size=224)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    assert count == PARAMETERS[name, variant]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": "mean", "cls_token": False, "positions": "sincos"},
+        {"pool": "map", "num_registers": 3, "layer_scale": 0.1},
+        {"distillation_token": True, "mlp": "swiglu"},
+    ],
+)
+def test_wide_fields_are_exactly_a_vit(options):
+    winft = WindowFreeViT(**SMALL, **options, fields=FieldConfig(radii=(1e3,)))
+    vit = ViT(**SMALL, **options)
+    params = random_params(winft)
+    images = images_for(vit)
+    expected, _ = vit.apply({"params": without_fields(params)}, images)
+    got, _ = winft.apply({"params": params}, images)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    narrow = dataclasses.replace(winft, fields=FieldConfig(radii=(1.0,)))
+    other, _ = narrow.apply({"params": random_params(narrow)}, images)
+    assert np.abs(other - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("model_class", [ViT, WindowFreeViT])
+def test_recording_changes_nothing_and_returns_distributions(model_class):
+    model = model_class(**SMALL, num_registers=2)
+    params, images = random_params(model), images_for(model)
+    plain, out = model.apply({"params": params}, images)
+    recorded, full = model.apply({"params": params}, images, record=True)
+    np.testing.assert_allclose(plain, recorded, atol=1e-5)
+    assert out["records"] == {}
+    assert list(full["records"]) == [0, 1, 2]
+    tokens = model.num_tokens
+    assert tokens == 1 + 2 + 3 * 4
+    for record in full["records"].values():
+        assert record["attention"].shape == (2, 4, tokens, tokens)
+        assert record["values"].shape == (2, tokens, 4, 8)
+        np.testing.assert_allclose(record["attention"].sum(-1), 1, atol=1e-6)
+
+
+def test_attention_is_a_distribution_in_bfloat16():
+    model = WindowFreeViT(**SMALL, dtype=jnp.bfloat16)
+    params, images = random_params(model), images_for(model)
+    logits, out = model.apply({"params": params}, images, record=[1])
+    assert list(out["records"]) == [1]
+    assert logits.dtype == jnp.float32
+    attention = out["records"][1]["attention"]
+    assert attention.dtype == jnp.float32
+    np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-6)
+
+
+def test_blocks_can_be_run_in_parts():
+    model = WindowFreeViT(**SMALL)
+    variables = {"params": random_params(model)}
+    images = images_for(model)
+    expected, out = model.apply(variables, images)
+    tokens = model.apply(variables, images, method="embed")
+    tokens, _ = model.apply(variables, tokens, stop=1, method="encode")
+    tokens, rest = model.apply(variables, tokens, start=1, method="encode")
+    got, read = model.apply(variables, tokens, method="readout")
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    np.testing.assert_allclose(read["tokens"], out["tokens"], atol=1e-6)
+    assert list(rest["fields"]) == [1, 2]
+
+
+def test_bias_cuts_interactions_of_one_layer_in_both_paths():
+    model = ViT(**SMALL)
+    variables = {"params": random_params(model)}
+    images = images_for(model)
+    cut = jnp.zeros((1, 1, model.num_tokens, model.num_tokens))
+    cut = cut.at[..., 3, 5].set(-jnp.inf)
+    bias = [None, cut, None]
+    fused, _ = model.apply(variables, images, bias=bias)
+    explicit, out = model.apply(variables, images, bias=bias, record=True)
+    np.testing.assert_allclose(fused, explicit, atol=1e-5)
+    assert np.all(out["records"][1]["attention"][..., 3, 5] == 0)
+    assert np.all(out["records"][0]["attention"][..., 3, 5] > 0)
+    whole, _ = model.apply(variables, images)
+    assert np.abs(fused - whole).max() > 1e-6
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_keeps_the_gradient(remat):
+    model = WindowFreeViT(**SMALL, remat=remat, layer_scale=0.5)
+    params, images = random_params(model), images_for(model)
+
+    def loss(params, model):
+        return (model.apply({"params": params}, images, train=True)[0] ** 2).sum()
+
+    got = jax.grad(loss)(params, model)
+    reference = jax.grad(loss)(params, dataclasses.replace(model, remat=False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        got,
+        reference,
+    )
+    field = got["blocks_1"]["attention"]["field"]["extents"]["kernel"]
+    assert np.abs(field).max() > 0
+
+
+def test_stochastic_depth_acts_per_example_and_only_in_training():
+    model = ViT(**SMALL, drop_path=0.5)
+    variables = {"params": random_params(model)}
+    images = jnp.repeat(images_for(model, 1), 64, axis=0)
+    calm, _ = model.apply(variables, images)
+    rngs = {"drop_path": jax.random.key(3)}
+    wild, _ = model.apply(variables, images, train=True, rngs=rngs)
+    assert np.ptp(calm, axis=0).max() < 1e-5
+    # Two branches of block 1 and two of block 2 are dropped or not.
+    assert 4 < len(np.unique(np.round(np.asarray(wild)[:, 0], 4))) <= 16
+
+
+def test_sincos_positions_tell_rows_from_columns():
+    table = sincos_positions((3, 5), 32)
+    assert table.shape == (15, 32)
+    distances = np.linalg.norm(table[:, None] - table[None], axis=-1)
+    assert distances[~np.eye(15, dtype=bool)].min() > 0.1
+    # Patches 0 and 1 share a row: the half of the table for y is equal.
+    np.testing.assert_array_equal(table[0, 16:], table[1, 16:])
+    np.testing.assert_array_equal(table[0, :16], table[5, :16])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": (12, 18)}, "multiple, such as 16 or 20"),
+        ({"num_heads": 5}, "5 heads do not divide"),
+        ({"pool": "max"}, "choose one of cls, mean, map"),
+        ({"cls_token": False}, "set cls_token=True"),
+    ],
+)
+def test_contradictions_are_named(change, message):
+    with pytest.raises(UsageError, match=message):
+        ViT(**{**SMALL, **change}).validate()
+
+
+def test_unknown_names_suggest_the_nearest():
+    config = registry.default_config("windowfre", "S/16")
+    with pytest.raises(UsageError, match="did you mean 'windowfree'"):
+        registry.create_model(config, num_classes=10, image_size=32)
+    config = registry.default_config("vit", "S16")
+    with pytest.raises(UsageError, match="such as S/16"):
+        registry.create_model(config, num_classes=10, image_size=32)
+
+
+def test_wrong_input_is_refused():
+    model = ViT(**SMALL)
+    variables = {"params": random_params(model)}
+    with pytest.raises(UsageError, match="made for"):
+        model.apply(variables, jnp.zeros((1, 16, 16, 3)))
+    images = images_for(model)
+    with pytest.raises(UsageError, match=r"layers \[7\]"):
+        model.apply(variables, images, record=[7])
+    with pytest.raises(UsageError, match="2 entries"):
+        model.apply(variables, images, bias=[None, None])

@@ -1,0 +1,1 @@
+"""Vision transformers in Flax Linen, and the import of published checkpoints."""

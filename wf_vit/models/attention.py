@@ -1,0 +1,118 @@
+"""Self-attention with three uses: fused, recorded, and with an additive bias.
+
+One layer serves every model of the package. Without a recording the fused
+``jax.nn.dot_product_attention`` runs; with one, the same arithmetic is written out,
+so that the attention weights and the values can be returned.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from wf_vit.models.membership import LearnedFields
+
+Dtype = jnp.dtype | type
+
+# What a layer records: its name, and the array.
+Record = dict[str, Array]
+
+
+def attend(
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "#B #H N N"] | None,
+) -> tuple[Float[Array, "B N H K"], Float[Array, "B H N N"]]:
+    """Scaled dot-product attention, with its weights.
+
+    Args:
+      query: queries, not yet scaled.
+      key: keys.
+      value: values.
+      bias: is added to the scaled logits, or None.
+
+    Returns:
+      The heads' outputs in the dtype of ``value``, and the attention weights in
+      float32, whose rows sum to 1 whatever the inputs' dtype.
+    """
+    logits = jnp.einsum(
+        "bnhk,bmhk->bhnm", query, key, preferred_element_type=jnp.float32
+    )
+    logits = logits / jnp.sqrt(query.shape[-1]).astype(jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    weights = jax.nn.softmax(logits, axis=-1)
+    output = jnp.einsum("bhnm,bmhk->bnhk", weights.astype(value.dtype), value)
+    return output, weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, optionally restricted by learned fields.
+
+    Attributes:
+      num_heads: H; it divides the width.
+      field: makes the module that predicts each patch's field (``models.membership``),
+        whose log membership is added to the logits; None for plain attention.
+      qkv_bias: whether queries, keys and values have a bias.
+      dtype: of the computation; the softmax is in float32 regardless.
+    """
+
+    num_heads: int
+    field: Callable[..., nn.Module] | None = None
+    qkv_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        bias: Float[Array, "#B #H N N"] | None = None,
+        record: bool = False,
+    ) -> tuple[Float[Array, "B N D"], LearnedFields | None, Record]:
+        """Lets the tokens attend to one another.
+
+        Args:
+          x: normalised tokens, prefix tokens first.
+          bias: is added to the logits, for interventions.
+          record: whether to return what the indicators need.
+
+        Returns:
+          The layer's output; the fields, if the layer has them; and the record,
+          which is empty unless asked for: ``attention [B H N N]`` and
+          ``values [B N H K]``, both float32.
+        """
+        width = x.shape[-1]
+
+        def project(name: str) -> Float[Array, "B N H K"]:
+            return nn.DenseGeneral(
+                (self.num_heads, width // self.num_heads),
+                use_bias=self.qkv_bias,
+                kernel_init=nn.initializers.xavier_uniform(),
+                dtype=self.dtype,
+                name=name,
+            )(x)
+
+        query, key, value = project("query"), project("key"), project("value")
+        fields = None
+        if self.field is not None:
+            fields = self.field(num_heads=self.num_heads, name="field")(x)
+            prefix = x.shape[1] - fields.log_rows.shape[-2]
+            field_bias = fields.attention_bias(num_prefix_tokens=prefix)
+            bias = field_bias if bias is None else bias + field_bias
+        recorded = {}
+        if record:
+            output, weights = attend(query, key, value, bias)
+            recorded = {"attention": weights, "values": value.astype(jnp.float32)}
+        else:
+            output = jax.nn.dot_product_attention(query, key, value, bias=bias)
+        output = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            kernel_init=nn.initializers.xavier_uniform(),
+            dtype=self.dtype,
+            name="out",
+        )(output)
+        return output, fields, recorded

@@ -1,0 +1,448 @@
+"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929), open to analysis.
+
+The forward pass can be entered and left between blocks (``embed``, ``encode``,
+``readout``), every block takes an additive attention bias, and what the indicators
+need is returned on request as plain arrays under fixed names.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from wf_vit import grid as geometry
+from wf_vit.errors import UsageError
+from wf_vit.models.attention import Dtype, Record, SelfAttention
+from wf_vit.models.membership import LearnedFields
+
+POOLS = ("cls", "mean", "cls_mean", "map")
+POSITIONS = ("learned", "sincos")
+MLPS = ("gelu", "gelu_tanh", "swiglu")
+
+
+def sincos_positions(
+    grid: geometry.Grid, width: int, temperature: float = 10_000.0
+) -> Float[np.ndarray, "P D"]:
+    """Returns fixed 2-D sine-cosine positions, as in MoCo v3 (arXiv 2104.02057)."""
+    omega = temperature ** -(np.arange(width // 4) / (width // 4 - 1))
+    phase = geometry.coordinates(grid)[:, :, None] * omega
+    x, y = phase[:, 0], phase[:, 1]
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return table.astype(np.float32)
+
+
+class Mlp(nn.Module):
+    """The token-wise network of a block: GELU, or SwiGLU (arXiv 2002.05202)."""
+
+    hidden: int
+    kind: str = "gelu_tanh"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Transforms every token on its own."""
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                features,
+                kernel_init=nn.initializers.xavier_uniform(),
+                bias_init=nn.initializers.normal(stddev=1e-6),
+                dtype=self.dtype,
+                name=name,
+            )
+
+        hidden = dense(self.hidden, "up")(x)
+        if self.kind == "swiglu":
+            hidden = nn.silu(dense(self.hidden, "gate")(x)) * hidden
+        else:
+            hidden = nn.gelu(hidden, approximate=self.kind == "gelu_tanh")
+        return dense(x.shape[-1], "down")(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, with LayerScale and stochastic depth.
+
+    Attributes:
+      attention: arguments of ``SelfAttention``.
+      mlp: arguments of ``Mlp``.
+      layer_scale: initial LayerScale (arXiv 2103.17239), or None for none.
+      drop_path: rate of stochastic depth (arXiv 1603.09382), per example.
+      norm_epsilon: of the layer norms.
+      dtype: of the computation.
+    """
+
+    attention: Mapping[str, Any]
+    mlp: Mapping[str, Any]
+    layer_scale: float | None
+    drop_path: float
+    norm_epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        bias: Float[Array, "#B #H N N"] | None,
+        train: bool,
+        record: bool,
+    ) -> tuple[Float[Array, "B N D"], LearnedFields | None, Record]:
+        """Returns the tokens after the block, the layer's fields and its record."""
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
+
+        def residual(name: str, branch: Float[Array, "B N D"]) -> Array:
+            if self.layer_scale is not None:
+                init = nn.initializers.constant(self.layer_scale)
+                scale = self.param(name, init, branch.shape[-1:])
+                branch = branch * scale.astype(branch.dtype)[None, None]
+            if train and self.drop_path:
+                keep = 1.0 - self.drop_path
+                shape = (branch.shape[0], 1, 1)
+                kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
+                branch = jnp.where(kept, branch / keep, 0)
+            return branch
+
+        attended, fields, recorded = SelfAttention(
+            **self.attention, dtype=self.dtype, name="attention"
+        )(norm("attention_norm")(x), bias, record)
+        x = x + residual("attention_scale", attended)
+        # The gradient here is what the propagated indicator is made of.
+        x = self.perturb("after_attention", x)
+        hidden = Mlp(**self.mlp, dtype=self.dtype, name="mlp")(norm("mlp_norm")(x))
+        return x + residual("mlp_scale", hidden), fields, recorded
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling with one learned query (arXiv 1810.00825)."""
+
+    num_heads: int
+    mlp: Mapping[str, Any]
+    norm_epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+        """Returns one vector per image."""
+        probe = self.param(
+            "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
+        )
+        probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
+        pooled = nn.MultiHeadDotProductAttention(
+            self.num_heads,
+            dtype=self.dtype,
+            force_fp32_for_softmax=True,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="attention",
+        )(probe, x)
+        hidden = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm")(pooled)
+        pooled = pooled + Mlp(**self.mlp, dtype=self.dtype, name="mlp")(hidden)
+        return pooled[:, 0]
+
+
+class ViT(nn.Module):
+    """A vision transformer.
+
+    Prefix tokens come first: CLS (if ``cls_token``), the distillation token (if
+    ``distillation_token``), the registers. Each is one learned vector, to which a
+    published model's position embedding of that token has been added.
+
+    Attributes:
+      num_classes: C; 0 for a backbone without a head, which returns the pooled
+        representation in place of logits.
+      image_size: ``(height, width)`` in pixels.
+      patch_size: ``(height, width)`` in pixels; it divides ``image_size``.
+      width: D.
+      depth: L.
+      mlp_dim: width of the hidden layer of each MLP.
+      num_heads: H; it divides ``width``.
+      pool: what the head reads: "cls" token, "mean" of the patches, "cls_mean" (both,
+        one after the other), or "map" (attention pooling over all tokens).
+      cls_token: whether there is a CLS token.
+      distillation_token: whether there is DeiT's token (arXiv 2012.12877), with its
+        own head; the logits are the mean of both heads'.
+      num_registers: number of register tokens (arXiv 2309.16588).
+      positions: "learned" or fixed "sincos".
+      mlp: "gelu", "gelu_tanh" (its approximation) or "swiglu".
+      layer_scale: initial LayerScale, or None.
+      drop_path: stochastic depth of the last block; it grows linearly from 0.
+      qkv_bias: whether queries, keys and values have a bias.
+      norm_epsilon: of the layer norms.
+      pool_before_norm: whether the final norm follows the pooling.
+      representation_size: width of the dense layer with tanh between the pooling and
+        the head (original ViTs pretrained on ImageNet-21k), or None for none.
+      dtype: of the computation; parameters and softmax are float32.
+      remat: whether the backward pass recomputes each block's activations.
+    """
+
+    num_classes: int
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    pool: str = "cls"
+    cls_token: bool = True
+    distillation_token: bool = False
+    num_registers: int = 0
+    positions: str = "learned"
+    mlp: str = "gelu_tanh"
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    qkv_bias: bool = True
+    norm_epsilon: float = 1e-6
+    pool_before_norm: bool = False
+    representation_size: int | None = None
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @property
+    def grid(self) -> geometry.Grid:
+        """``(GH, GW)``, the rows and columns of patches."""
+        return (
+            self.image_size[0] // self.patch_size[0],
+            self.image_size[1] // self.patch_size[1],
+        )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens come before the patches."""
+        return int(self.cls_token) + int(self.distillation_token) + self.num_registers
+
+    @property
+    def num_tokens(self) -> int:
+        """N, prefix tokens included."""
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+    def validate(self) -> "ViT":
+        """Returns the model; raises UsageError if its attributes contradict."""
+        sides = zip(("height", "width"), self.image_size, self.patch_size, strict=True)
+        for side, size, patch in sides:
+            if size % patch or size < patch:
+                below = max(size // patch, 1) * patch
+                raise UsageError(
+                    f"Patches of {patch} pixels do not divide an image {side} of "
+                    f"{size}: set the image size to a multiple, such as {below} or "
+                    f"{below + patch}, or change the patch size."
+                )
+        if self.width % self.num_heads:
+            raise UsageError(
+                f"{self.num_heads} heads do not divide a width of {self.width}: "
+                "change one of them."
+            )
+        for name, known in (("pool", POOLS), ("positions", POSITIONS), ("mlp", MLPS)):
+            given = getattr(self, name)
+            if given not in known:
+                raise UsageError(
+                    f"{name} is {given!r}: choose one of {', '.join(known)}."
+                )
+        if self.pool in ("cls", "cls_mean") and not self.cls_token:
+            raise UsageError(
+                f"pool={self.pool!r} reads the CLS token: set cls_token=True."
+            )
+        if self.pool_before_norm and self.pool == "cls_mean":
+            raise UsageError(
+                "pool='cls_mean' is wider than the final norm: set "
+                "pool_before_norm=False."
+            )
+        if self.distillation_token and not self.cls_token:
+            raise UsageError("A distillation token needs a CLS token before it.")
+        if self.positions == "sincos" and self.width % 4:
+            raise UsageError(
+                f"sincos positions need a width divisible by 4, not {self.width}."
+            )
+        return self
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's field module; None: attention is plain."""
+        del layer
+
+    def setup(self):
+        """Declares the submodules; parameter names are part of the file format."""
+        self.validate()
+        mlp = {"hidden": self.mlp_dim, "kind": self.mlp}
+        block = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
+        self.blocks = [
+            block(
+                attention={
+                    "num_heads": self.num_heads,
+                    "field": self.field_for_layer(layer),
+                    "qkv_bias": self.qkv_bias,
+                },
+                mlp=mlp,
+                layer_scale=self.layer_scale,
+                drop_path=self.drop_path * layer / max(self.depth - 1, 1),
+                norm_epsilon=self.norm_epsilon,
+                dtype=self.dtype,
+            )
+            for layer in range(self.depth)
+        ]
+        self.patches = nn.Conv(
+            self.width,
+            self.patch_size,
+            strides=self.patch_size,
+            padding="VALID",
+            dtype=self.dtype,
+        )
+        normal = nn.initializers.normal(stddev=0.02)
+        if self.num_prefix_tokens:
+            shape = (self.num_prefix_tokens, self.width)
+            self.prefix = self.param("prefix", normal, shape)
+        if self.positions == "learned":
+            shape = (*self.grid, self.width)
+            self.position_table = self.param("position_table", normal, shape)
+        self.norm = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)
+        if self.pool == "map":
+            self.attention_pool = AttentionPool(
+                self.num_heads, mlp, self.norm_epsilon, self.dtype
+            )
+        if self.representation_size:
+            self.representation = nn.Dense(self.representation_size, dtype=self.dtype)
+        if self.num_classes:
+            zeros = nn.initializers.zeros
+            self.head = nn.Dense(self.num_classes, kernel_init=zeros)
+            if self.distillation_token:
+                self.head_distillation = nn.Dense(self.num_classes, kernel_init=zeros)
+
+    def embed(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B N D"]:
+        """Turns images into tokens: patches, positions, prefix tokens in front."""
+        if images.shape[1:3] != tuple(self.image_size):
+            raise UsageError(
+                f"The images are {images.shape[1:3]} (height, width), but the model "
+                f"was made for {tuple(self.image_size)}: resize the images, or make "
+                "the model with their image_size."
+            )
+        tokens = self.patches(images.astype(self.dtype))
+        tokens = tokens.reshape(tokens.shape[0], -1, self.width)
+        if self.positions == "learned":
+            table = self.position_table.reshape(-1, self.width)
+        else:
+            table = sincos_positions(self.grid, self.width)
+        tokens = tokens + jnp.asarray(table, tokens.dtype)[None]
+        if self.num_prefix_tokens:
+            prefix = self.prefix.astype(tokens.dtype)
+            prefix = jnp.broadcast_to(prefix, (tokens.shape[0], *prefix.shape))
+            tokens = jnp.concatenate([prefix, tokens], axis=1)
+        return tokens
+
+    def encode(
+        self,
+        tokens: Float[Array, "B N D"],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        bias: Sequence[Array | None] | Array | None = None,
+        train: bool = False,
+        record: bool | Collection[int] = False,
+    ) -> tuple[Float[Array, "B N D"], dict[str, Any]]:
+        """Runs the blocks ``start`` to ``stop`` (exclusive; None: to the last).
+
+        Args:
+          tokens: the residual stream before block ``start``.
+          start: first block.
+          stop: one past the last block.
+          bias: for interventions, what is added to the attention logits of each of
+            the model's L layers: an array or None per layer, each broadcastable to
+            [B, H, N, N].
+          train: whether stochastic depth acts.
+          record: True for all the layers that run, or their indices.
+
+        Returns:
+          The residual stream after the last block run, and a dict: ``records``, from
+          the layer's index to ``attention [B H N N]`` and ``values [B N H K]``; and
+          ``fields``, from the layer's index to its fields, for layers that have them.
+
+        Raises:
+          UsageError: a layer to record does not run, or ``bias`` has not L entries.
+        """
+        stop = self.depth if stop is None else stop
+        layers = range(start, stop)
+        if isinstance(record, bool):
+            wanted = frozenset(layers if record else ())
+        else:
+            wanted = frozenset(record)
+        if not wanted <= set(layers):
+            raise UsageError(
+                f"record asks for layers {sorted(wanted)}, but the layers that run "
+                f"are {start} to {stop - 1}: name some of those, or pass True."
+            )
+        if bias is not None and len(bias) != self.depth:
+            raise UsageError(
+                f"bias has {len(bias)} entries, but the model has {self.depth} "
+                "layers: pass one array or None for each layer."
+            )
+        records, fields = {}, {}
+        for layer in layers:
+            layer_bias = None if bias is None else bias[layer]
+            tokens, field, recorded = self.blocks[layer](
+                tokens, layer_bias, train, layer in wanted
+            )
+            if recorded:
+                records[layer] = recorded
+            if field is not None:
+                fields[layer] = field
+        return tokens, {"records": records, "fields": fields}
+
+    def readout(
+        self, tokens: Float[Array, "B N D"]
+    ) -> tuple[Float[Array, "B C"], dict[str, Array]]:
+        """Pools the final residual stream and classifies it.
+
+        Returns:
+          The logits in float32 (without a head, the pooled representation), and a
+          dict: ``tokens [B N D]`` after the final norm and ``pooled``, what the head
+          reads: ``[B D]``, unless ``pool`` or ``representation_size`` widens it.
+        """
+        normed = self.norm(tokens)
+        source = tokens if self.pool_before_norm else normed
+        cls, patches = source[:, 0], source[:, self.num_prefix_tokens :]
+        if self.pool == "cls":
+            pooled = cls
+        elif self.pool == "mean":
+            pooled = patches.mean(axis=1)
+        elif self.pool == "cls_mean":
+            pooled = jnp.concatenate([cls, patches.mean(axis=1)], axis=-1)
+        else:
+            pooled = self.attention_pool(source)
+        if self.pool_before_norm:
+            pooled = self.norm(pooled)
+        if self.representation_size:
+            pooled = nn.tanh(self.representation(pooled))
+        out = {"tokens": normed, "pooled": pooled}
+        if not self.num_classes:
+            return pooled.astype(jnp.float32), out
+        logits = self.head(pooled.astype(jnp.float32))
+        if self.distillation_token:
+            distilled = self.head_distillation(normed[:, 1].astype(jnp.float32))
+            logits = (logits + distilled) / 2
+        return logits, out
+
+    def __call__(
+        self,
+        images: Float[Array, "B height width 3"],
+        *,
+        bias: Sequence[Array | None] | Array | None = None,
+        train: bool = False,
+        record: bool | Collection[int] = False,
+    ) -> tuple[Float[Array, "B C"], dict[str, Any]]:
+        """Classifies images.
+
+        Args:
+          images: normalised images.
+          bias: see ``encode``.
+          train: see ``encode``.
+          record: see ``encode``.
+
+        Returns:
+          The logits, and the dicts of ``encode`` and ``readout`` in one.
+        """
+        tokens, recorded = self.encode(
+            self.embed(images), bias=bias, train=train, record=record
+        )
+        logits, out = self.readout(tokens)
+        return logits, {**out, **recorded}
