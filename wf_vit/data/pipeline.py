@@ -1,0 +1,277 @@
+"""Batches of uint8 images: shuffled for training, each example once for evaluation.
+
+The order of the records is a pure function of the seed and the epoch, and the random
+crop one of the seed, the example and the epoch. So a stream can be resumed anywhere,
+bit for bit, by skipping undecoded records of the current epoch. Every process reads
+its own, nearly equal, part of the split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from wf_vit.data import decode
+from wf_vit.data.digits import prepared_builder
+from wf_vit.data.folder_source import open_folder
+from wf_vit.data.source import Record, Source
+from wf_vit.data.tfds_source import builder_source, open_tfds
+from wf_vit.errors import UsageError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What the rest of the program needs to know of a data set.
+
+    Attributes:
+      class_names: C names, in the order of the labels.
+      num_examples: of 'train' and of every label of ``config.eval``.
+      image_size: ``(height, width)`` of the images, in pixels.
+    """
+
+    class_names: tuple[str, ...]
+    num_examples: dict[str, int]
+    image_size: tuple[int, int]
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.class_names)
+
+
+def describe(config: ml_collections.ConfigDict) -> DataInfo:
+    """Opens the data set and counts its examples.
+
+    Args:
+      config: ``config.data`` (see ``wf_vit.data.config``).
+
+    Raises:
+      UsageError: the data set is unknown or not prepared, or a split is wrong.
+    """
+    source = open_source(config)
+    splits = {**config.eval, "train": config.train}
+    return DataInfo(
+        class_names=source.class_names,
+        num_examples={label: source.count(split) for label, split in splits.items()},
+        image_size=decode.image_size(config),
+    )
+
+
+def open_source(config: ml_collections.ConfigDict) -> Source:
+    """Opens what ``config.name`` and ``config.data_dir`` say.
+
+    Raises:
+      UsageError: see ``open_folder``, ``open_tfds`` and ``prepared_builder``.
+    """
+    if config.name == "folder":
+        return open_folder(config.data_dir)
+    if config.name == "digits":
+        return builder_source(prepared_builder(config.data_dir))
+    return open_tfds(config.name, config.data_dir)
+
+
+def train_batches(
+    config: ml_collections.ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields training batches for ever.
+
+    Every epoch uses each of this process's examples exactly once; a batch may
+    straddle two epochs, so none is dropped. Processes whose parts differ by one
+    example start their epochs at slightly different steps.
+
+    Args:
+      config: ``config.data`` (see ``wf_vit.data.config``).
+      batch_size: B, examples a batch on this process.
+      seed: of the order and the crops.
+      start_step: how many batches were already taken; reads what this epoch has
+        given so far again, but decodes none of it.
+      process_index: which part of the split to read.
+      process_count: how many parts there are.
+
+    Yields:
+      ``image`` uint8 ``[B, height, width, 3]`` and ``label`` int32 ``[B]``.
+
+    Raises:
+      UsageError: the data set or a split is wrong (at once), or an image cannot be
+        decoded (when its turn comes).
+    """
+    source = open_source(config)
+    if source.count(config.train) < process_count:
+        raise UsageError(
+            f"The split {config.train!r} has fewer examples than the "
+            f"{process_count} processes that share it: use a larger one."
+        )
+    records = _shuffled_for_ever(
+        source,
+        _part(config.train, process_index, process_count),
+        seed=seed,
+        buffer=config.shuffle_buffer,
+        start=start_step * batch_size,
+    )
+    view = decode.train_view(config)
+
+    def example(record: Record, epoch_seed: tf.Tensor) -> Record:
+        record = source.load(record)
+        seed = [tf.strings.to_hash_bucket_fast(record["id"], 2**63 - 1), epoch_seed]
+        return {
+            "image": view(record["image"], tf.stack(seed)),
+            "label": tf.cast(record["label"], tf.int32),
+        }
+
+    return _decoded(source, records, example, batch_size, drop_remainder=True)
+
+
+def eval_batches(
+    config: ml_collections.ConfigDict,
+    split_label: str,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields every example of an evaluation split once, in full batches.
+
+    All processes yield the same number of batches, padded with zeros.
+
+    Args:
+      config: ``config.data`` (see ``wf_vit.data.config``).
+      split_label: a key of ``config.eval``.
+      batch_size: B, examples a batch on this process.
+      process_index: which part of the split to read.
+      process_count: how many parts there are.
+
+    Yields:
+      ``image`` uint8 ``[B, height, width, 3]``, ``label`` int32 ``[B]`` and ``mask``
+      bool ``[B]``, false where an example is padding.
+
+    Raises:
+      UsageError: as ``train_batches``, or ``split_label`` is unknown.
+    """
+    if split_label not in config.eval:
+        raise UsageError(
+            f"config.data.eval has no split {split_label!r}, expected one of "
+            f"{sorted(config.eval)}."
+        )
+    split = config.eval[split_label]
+    source = open_source(config)
+    view = decode.eval_view(config)
+
+    def example(record: Record) -> Record:
+        record = source.load(record)
+        return {
+            "image": view(record["image"]),
+            "label": tf.cast(record["label"], tf.int32),
+        }
+
+    # Parts are given out from the first process on, so that process 0's is largest.
+    largest = source.count(_part(split, 0, process_count))
+    batches: Iterator[Batch] = iter(())
+    if process_index < source.count(split):
+        records = source.read(_part(split, process_index, process_count), None)
+        batches = _decoded(source, records, example, batch_size, drop_remainder=False)
+    size = decode.image_size(config)
+    empty = {
+        "image": np.zeros((0, *size, 3), np.uint8),
+        "label": np.zeros((0,), np.int32),
+    }
+    return (
+        _padded(next(batches, empty), batch_size)
+        for _ in range(math.ceil(largest / batch_size))
+    )
+
+
+def _part(split: str, index: int, count: int) -> Any:
+    """Returns one of ``count`` consecutive parts; the first ones are the largest."""
+    return tfds.even_splits(split, count)[index]
+
+
+def _shuffled_for_ever(
+    source: Source, part: Any, *, seed: int, buffer: int, start: int
+) -> tf.data.Dataset:
+    """Returns the pairs (record, epoch seed) of all epochs from the ``start``-th on."""
+    first_epoch, offset = divmod(start, source.count(part))
+    run_seed = (seed % 2**31) << 32  # the epoch takes the low bits
+
+    # TensorFlow would try to rewrite TFDS's own code as a graph, and warn.
+    @tf.autograph.experimental.do_not_convert
+    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        epoch_seed = run_seed + epoch
+        records = source.read(part, epoch_seed).shuffle(
+            buffer, seed=epoch_seed, reshuffle_each_iteration=False
+        )
+        seeds = tf.data.Dataset.from_tensors(epoch_seed).repeat()
+        return tf.data.Dataset.zip(records, seeds)
+
+    return tf.data.Dataset.range(first_epoch, 2**32).flat_map(one_epoch).skip(offset)
+
+
+def _decoded(
+    source: Source,
+    records: tf.data.Dataset,
+    example: Callable[..., Record],
+    batch_size: int,
+    *,
+    drop_remainder: bool,
+) -> Iterator[Batch]:
+    """Yields batches of ``example(record)``; an image that cannot be decoded is named.
+
+    Raises:
+      UsageError: naming that image.
+    """
+    options = tf.data.Options()
+    # Examples are decoded in parallel, so that one need not be.
+    options.threading.max_intra_op_parallelism = 1
+    batches = (
+        records.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(batch_size, drop_remainder=drop_remainder)
+        .prefetch(tf.data.AUTOTUNE)
+        .with_options(options)
+    )
+    decode_error = tf.errors.InvalidArgumentError  # `tf` is gone at interpreter exit
+    done = 0
+    try:
+        for batch in batches.as_numpy_iterator():
+            yield batch
+            done += 1
+    except decode_error as error:
+        rest = records.skip(done * batch_size)
+        raise UsageError(
+            f"The image {_first_failure(source, rest, example)} cannot be decoded: "
+            f"repair it, or remove it from the data set. TensorFlow says: {error}"
+        ) from error
+
+
+def _first_failure(
+    source: Source, records: tf.data.Dataset, example: Callable[..., Record]
+) -> str:
+    """Returns the ``id`` of the first record on which ``example`` fails."""
+    for element in records:
+        arguments = element if isinstance(element, tuple) else (element,)
+        try:
+            example(*arguments)
+        except tf.errors.InvalidArgumentError:
+            return source.load(arguments[0])["id"].numpy().decode()
+    return "(which one was not found)"
+
+
+def _padded(batch: Batch, batch_size: int) -> Batch:
+    """Pads a batch with zeros and marks its own examples in ``mask``."""
+    missing = batch_size - len(batch["label"])
+    padded = {
+        name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        for name, array in batch.items()
+    }
+    return {**padded, "mask": np.arange(batch_size) < batch_size - missing}
