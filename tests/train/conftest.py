@@ -1,0 +1,28 @@
+"""A tiny experiment on real digits, shared by the tests of the training code."""
+
+import pytest
+
+from wf_vit.train import recipe
+
+
+@pytest.fixture
+def digits_config():
+    """Four steps of batch 16 on digits; a model with fields, everything switched on."""
+    config = recipe.default_config("windowfree", "mu/4")
+    config.model.dtype = "float32"
+    config.data.name = "digits"
+    config.data.image_size = 16
+    config.data.crop = "pad"
+    config.data.augment.flip_probability = 0.5
+    config.data.augment.mixup_probability = 0.5
+    config.batch_size = 16
+    config.eval_batch_size = 100
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.9
+    config.optimizer.learning_rate = 1e-2
+    recipe.set_duration(config, "total", steps=4)
+    recipe.set_duration(config, "warmup", steps=1)
+    recipe.set_duration(config, "log", steps=1)
+    recipe.set_duration(config, "eval", steps=2)
+    recipe.set_duration(config, "checkpoint", steps=2)
+    return config.lock()

@@ -1,0 +1,158 @@
+"""Whole runs on real digits: resuming, evaluating, reporting, failing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wf_vit.data import pipeline
+from wf_vit.errors import UsageError
+from wf_vit.train import loop, recipe, schedule
+from wf_vit.train.checkpoint import Checkpoints
+from wf_vit.train.metrics import Reporter, read_jsonl
+from wf_vit.train.state import init_state
+
+
+def last_state(config, workdir, which="last"):
+    experiment = loop.build(config)
+    optimizer = schedule.make_optimizer(config, experiment.durations)
+    template = init_state(experiment.params, optimizer, ema=config.ema_decay > 0)
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(template, which=which)
+
+
+def stop_after(config, steps):
+    """The same run, interrupted: its schedule is still that of the whole."""
+
+    class Interrupted(Exception):
+        pass
+
+    class Interrupting(Reporter):
+        def advance(self, step):
+            if step > steps:
+                raise Interrupted
+
+    return Interrupting, Interrupted
+
+
+def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch):
+    loop.train(digits_config, tmp_path / "whole")
+    reporter, interrupted = stop_after(digits_config, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Reporter", reporter)
+        with pytest.raises(interrupted):
+            loop.train(digits_config, tmp_path / "parts")
+    with Checkpoints(tmp_path / "parts") as checkpoints:
+        assert checkpoints.last_step == 2
+    # A row of a step that has no checkpoint yet is written again, not twice.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "train/loss": 0.0}) + "\n")
+    loop.train(digits_config, tmp_path / "parts")
+    whole = last_state(digits_config, tmp_path / "whole")
+    parts = last_state(digits_config, tmp_path / "parts")
+    assert whole.step == parts.step == 4
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    rows = [
+        [(row["step"], row.get("train/loss")) for row in read_jsonl(tmp_path / name)]
+        for name in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_path):
+    metrics = loop.train(digits_config, tmp_path)
+    rows = read_jsonl(tmp_path)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "test/top1" in row] == [2, 4]
+    assert rows[-1]["test/top1"] == metrics["test/top1"]
+    assert rows[0]["train/images_per_second"] > 0
+    assert rows[0]["train/learning_rate"] == 0
+    assert rows[1]["train/learning_rate"] == pytest.approx(1e-2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["data"]["name"] == "digits"
+    for name in ("curves.png", "curves.pdf", "fields.png", "fields.pdf"):
+        assert (tmp_path / "figures" / name).stat().st_size > 1000
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    # The task "evaluate" finds the same numbers in the checkpoint.
+    with digits_config.unlocked():
+        digits_config.evaluate_checkpoint = "last"
+    again = loop.evaluate(digits_config, tmp_path)
+    assert again == pytest.approx(metrics)
+
+
+def test_evaluation_counts_every_example_once(digits_config):
+    """360 odd test images do not fill batches of 100 on four devices."""
+    experiment = loop.build(digits_config)
+    params = dict(experiment.params)
+    kernel = jax.random.normal(jax.random.key(0), params["head"]["kernel"].shape)
+    params["head"] = {**params["head"], "kernel": kernel}
+    got = loop.evaluate_splits(experiment, params)
+    total = experiment.info.num_examples["test"]
+    assert total % 100
+    batches = pipeline.eval_batches(digits_config.data, "test", batch_size=total)
+    (batch,) = list(batches)
+    assert batch["mask"].all()
+    images = (batch["image"] / np.float32(255) - 0.5) / 0.5
+    logits, _ = experiment.model.apply({"params": params}, jnp.asarray(images))
+    expected = (logits.argmax(-1) == batch["label"]).mean()
+    assert got["test/top1"] == pytest.approx(float(expected))
+    losses = -jax.nn.log_softmax(logits)[np.arange(total), batch["label"]]
+    assert got["test/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_path):
+    with digits_config.unlocked():
+        digits_config.optimizer.learning_rate = float("inf")
+        recipe.set_duration(digits_config, "checkpoint", steps=1)
+    with pytest.raises(loop.NonFiniteLossError, match="At step 3 the loss is nan"):
+        loop.train(digits_config, tmp_path)
+    with digits_config.unlocked():
+        digits_config.optimizer.learning_rate = 1e-2
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.last_step == 2
+
+
+def test_best_and_last_checkpoints_are_kept(digits_config, tmp_path):
+    experiment = loop.build(digits_config)
+    optimizer = schedule.make_optimizer(digits_config, experiment.durations)
+    start = init_state(experiment.params, optimizer, ema=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, top1 in enumerate([0.2, 0.9, None, 0.5, None], start=1):
+            checkpoints.save(start.replace(step=jnp.int32(step)), {}, top1)
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {2, 5}
+    assert last_state(digits_config, tmp_path, "best").step == 2
+    assert last_state(digits_config, tmp_path, "last").step == 5
+
+
+def test_a_checkpoint_of_another_model_is_refused(digits_config, tmp_path):
+    loop.train(digits_config, tmp_path)
+    with digits_config.unlocked():
+        digits_config.model.width = 64
+    with pytest.raises(UsageError, match="does not fit the config"):
+        loop.train(digits_config, tmp_path)
+
+
+def test_missing_checkpoints_and_unwritable_folders_are_named(digits_config, tmp_path):
+    with pytest.raises(UsageError, match="no best checkpoint"):
+        loop.evaluate(digits_config, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        loop.train(digits_config, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 18}, "multiple of 4, such as 16 or 20"),
+        ({"eval_batch_size": 2}, "config.eval_batch_size is 2"),
+        ({"accumulate_steps": 3}, "each device has 4 examples"),
+    ],
+)
+def test_batches_that_cannot_be_shared_are_named(digits_config, change, message):
+    with digits_config.unlocked():
+        digits_config.update(change)
+    with pytest.raises(UsageError, match=message):
+        loop.build(digits_config)

@@ -1,0 +1,88 @@
+"""Durations, learning rate and weight-decay mask against hand-computed values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wf_vit.errors import UsageError
+from wf_vit.models import registry
+from wf_vit.train import recipe, schedule, state
+
+
+def config_with(**overrides):
+    config = recipe.default_config("vit", "mu/16")
+    config.batch_size = 100
+    config.update(overrides)
+    return config
+
+
+def test_durations_are_resolved_from_steps_epochs_and_percent():
+    config = config_with(total_epochs=20.0, warmup_percent=5.0, eval_epochs=0.5)
+    steps = schedule.durations(config, num_train=1050)
+    assert steps.steps_per_epoch == 10.5
+    assert steps.total == 210
+    assert steps.warmup == round(10.5)
+    assert steps.eval == 5
+    assert steps.log == 50
+
+
+def test_the_finest_unit_wins_and_overrides_are_seen():
+    config = config_with(total_epochs=20.0)
+    config.total_steps = 7
+    config.batch_size = 10
+    assert schedule.durations(config, num_train=1000).total == 7
+    config.total_steps = None
+    assert schedule.durations(config, num_train=1000).total == 2000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"total_epochs": None}, "set one of total_steps, total_epochs"),
+        ({"total_steps": 10, "warmup_steps": 11}, "warm-up takes 11 steps"),
+        ({"log_steps": 0}, "log_steps is 0"),
+        ({"eval_epochs": -1.0}, "eval_epochs is -1"),
+    ],
+)
+def test_impossible_durations_are_named(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        schedule.durations(config_with(**overrides), num_train=1000)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    config = config_with(total_steps=110, warmup_steps=10)
+    steps = schedule.durations(config, num_train=1000)
+    rate = schedule.learning_rate(config, steps)
+    peak = config.optimizer.learning_rate
+    np.testing.assert_allclose(rate(5), peak / 2, rtol=1e-6)
+    np.testing.assert_allclose(rate(10), peak, rtol=1e-6)
+    np.testing.assert_allclose(rate(60), peak / 2, rtol=1e-5)
+    np.testing.assert_allclose(rate(110), 0, atol=1e-9)
+
+
+def test_only_kernels_decay():
+    config = registry.default_config("windowfree", "mu/16")
+    config.update(pool="cls", cls_token=True, positions="learned", layer_scale=0.1)
+    model = registry.create_model(config, num_classes=3, image_size=32)
+    mask = schedule.decay_mask(state.init_params(model, seed=0))
+    for path, decays in jax.tree_util.tree_leaves_with_path(mask):
+        assert decays == (path[-1].key == "kernel"), path
+    assert mask["blocks_0"]["attention"]["query"] == {"kernel": True, "bias": False}
+    assert not mask["prefix"]
+    assert not mask["position_table"]
+    assert not mask["blocks_0"]["attention_scale"]
+
+
+def test_update_is_clipped_adamw():
+    """The first AdamW step is -rate * (sign(gradient) + decay * kernel)."""
+    config = config_with(total_steps=100, warmup_steps=0)
+    config.optimizer.clip_norm = 1.0
+    optimizer = schedule.make_optimizer(config, schedule.durations(config, 1000))
+    params = {"kernel": jnp.array([2.0, -4.0]), "bias": jnp.array([2.0, -4.0])}
+    gradients = {"kernel": jnp.array([3e3, -4e3]), "bias": jnp.zeros(2)}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    expected = -rate * np.array([1 + 2 * decay, -1 - 4 * decay])
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-4)
+    np.testing.assert_allclose(updates["bias"], 0, atol=1e-12)

@@ -1,0 +1,159 @@
+"""The pure steps: independent of devices and micro-batches, and correct."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from wf_vit.data import augment
+from wf_vit.models import registry
+from wf_vit.train import loop, parallel, schedule, state, steps
+
+BATCH = 16
+
+
+@pytest.fixture
+def experiment(digits_config):
+    model = registry.create_model(digits_config.model, num_classes=10, image_size=16)
+    optimizer = schedule.make_optimizer(
+        digits_config, schedule.durations(digits_config, 1000)
+    )
+    params = state.init_params(model, seed=0)
+    # A fresh head is zero and would hide the gradient of everything below it.
+    head = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape)
+    params = {**params, "head": {**params["head"], "kernel": 0.3 * head}}
+    return {
+        "config": digits_config,
+        "model": model,
+        "optimizer": optimizer,
+        "params": params,
+        "recipe": loop.make_recipe(digits_config),
+    }
+
+
+def random_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
+        "label": rng.integers(0, 10, (BATCH,), np.int32),
+    }
+
+
+def run(experiment, *, devices, count=2, **changes):
+    """Runs steps on ``devices`` devices; one is played by vmap over a single shard."""
+    step = partial(
+        steps.train_step,
+        model=experiment["model"],
+        optimizer=experiment["optimizer"],
+        recipe=dataclasses.replace(experiment["recipe"], **changes),
+        axis=parallel.AXIS,
+    )
+    if devices == 1:
+        mapped = jax.jit(
+            jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
+        )
+        shard = lambda batch: jax.tree.map(lambda x: x[None], batch)  # noqa: E731
+    else:
+        assert devices == jax.local_device_count()
+        mapped, shard = parallel.map_update(step), parallel.shard
+    params = jax.tree.map(jnp.copy, experiment["params"])
+    now = state.init_state(params, experiment["optimizer"], ema=True)
+    history = []
+    for index in range(count):
+        now, metrics = mapped(now, shard(random_batch(index)))
+        history.append({k: float(v) for k, v in metrics.items()})
+    return now, history
+
+
+def assert_trees_close(left, right, **tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerance), left, right
+    )
+
+
+def test_four_devices_equal_one(experiment):
+    one, one_history = run(experiment, devices=1)
+    four, four_history = run(experiment, devices=4)
+    assert four.step == 2
+    for a, b in zip(one_history, four_history, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    # Adam's first steps are signs: where a gradient is nearly 0, rounding decides.
+    flat = lambda tree: np.concatenate(  # noqa: E731
+        [np.ravel(x) for x in jax.tree.leaves(tree)]
+    )
+    difference = np.abs(flat(one.params) - flat(four.params))
+    assert np.mean(difference < 1e-5) > 0.99
+
+
+def test_micro_batches_give_the_same_gradient(experiment):
+    _, whole = run(experiment, devices=1, count=1)
+    _, parts = run(experiment, devices=1, count=1, accumulate_steps=4)
+    assert whole[0] == pytest.approx(parts[0], rel=1e-4)
+
+
+def test_loss_and_gradient_are_those_of_the_augmented_batch(experiment):
+    _, history = run(experiment, devices=1, count=1)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    batch = random_batch()
+    images, labels = augment.augment_batch(
+        augment.example_keys(key, 0, BATCH),
+        jnp.asarray(batch["image"]),
+        jnp.asarray(batch["label"]),
+        num_classes=10,
+        config=experiment["config"].data.augment,
+    )
+    smooth = 0.9 * labels + 0.1 / 10
+
+    def loss(params):
+        logits, _ = experiment["model"].apply({"params": params}, images)
+        return -(smooth * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+    value, gradient = jax.value_and_grad(loss)(experiment["params"])
+    assert history[0]["loss"] == pytest.approx(float(value), rel=1e-5)
+    norm = float(optax.global_norm(gradient))
+    assert history[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert 0 < history[0]["field_area"] < 1
+
+
+def test_average_follows_the_parameters(experiment):
+    now, _ = run(experiment, devices=1, count=1)
+    # At step 0 the decay is min(0.9, 1 / 10).
+    expected = jax.tree.map(
+        lambda start, end: 0.1 * start + 0.9 * end, experiment["params"], now.params
+    )
+    assert_trees_close(now.ema_params, expected, rtol=1e-4, atol=1e-6)
+    assert_trees_close(now.eval_params, now.ema_params)
+
+
+def test_randomness_depends_on_seed_and_step_only(experiment):
+    a, _ = run(experiment, devices=1)
+    b, _ = run(experiment, devices=1)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    _, other = run(experiment, devices=1, count=1, seed=1)
+    _, same = run(experiment, devices=1, count=1)
+    assert other[0]["loss"] != same[0]["loss"]
+
+
+def test_evaluation_sums_real_examples_only(experiment):
+    step = partial(
+        steps.eval_step,
+        model=experiment["model"],
+        augmentation=experiment["config"].data.augment,
+        axis=parallel.AXIS,
+    )
+    batch = random_batch()
+    mask = np.arange(BATCH) < 11
+    sums = parallel.map_reduce(step)(
+        experiment["params"], parallel.shard({**batch, "mask": mask})
+    )
+    images = augment.normalize(batch["image"][:11], (0.5,) * 3, (0.5,) * 3)
+    logits, _ = experiment["model"].apply({"params": experiment["params"]}, images)
+    labels = batch["label"][:11]
+    losses = -jax.nn.log_softmax(logits)[np.arange(11), labels]
+    assert sums["count"] == 11
+    assert sums["top1"] == (logits.argmax(-1) == labels).sum()
+    np.testing.assert_allclose(sums["loss"], losses.sum(), rtol=1e-5)

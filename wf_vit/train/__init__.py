@@ -1,0 +1,4 @@
+"""Training: a pure step, the one pmap that spreads it, and the loop around them.
+
+``state``, ``steps``, ``schedule`` and ``parallel`` need no TensorFlow.
+"""

@@ -1,0 +1,71 @@
+"""Devices and processes: the only module that knows of ``jax.pmap``.
+
+The state stays unreplicated: ``in_axes=None`` spreads it and ``out_axes=None`` hands
+one copy back, so that nothing outside this module sees a device axis.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax
+import ml_collections
+import numpy as np
+
+from wf_vit.errors import UsageError
+
+AXIS = "devices"
+
+# Set by the launchers of jobs that span hosts, when there is more than one process.
+_LAUNCHER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def initialize(config: ml_collections.ConfigDict) -> None:
+    """Connects the processes of a multi-host run; does nothing for a single one.
+
+    Args:
+      config: ``config.distributed``. Without a coordinator address, a TPU pod, Slurm
+        and Open MPI are detected.
+    """
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    launched = any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_SIZES)
+    if config.coordinator_address is not None:
+        jax.distributed.initialize(**config.to_dict())
+    elif pod or launched or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+
+
+def local_batch_size(batch_size: int, *, what: str) -> int:
+    """Returns this process's share of a batch over all devices.
+
+    Raises:
+      UsageError: the devices cannot share the batch evenly.
+    """
+    devices = jax.device_count()
+    if batch_size < 1 or batch_size % devices:
+        below = batch_size // devices * devices
+        multiples = f"{below} or {below + devices}" if below else f"{devices}"
+        raise UsageError(
+            f"{what} is {batch_size}, which {devices} devices cannot share evenly: "
+            f"set it to a multiple of {devices}, such as {multiples}."
+        )
+    return batch_size // jax.process_count()
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Splits a batch over this process's devices, [b, ...] to [devices, -1, ...]."""
+    devices = jax.local_device_count()
+    return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
+
+
+def map_update(step: Callable) -> Callable:
+    """Maps ``step(state, batch) -> (state, metrics)`` over all devices.
+
+    The state's memory is reused. The step reduces over the axis ``AXIS``, so that
+    every device ends with the same state and metrics.
+    """
+    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=(0,))
+
+
+def map_reduce(step: Callable) -> Callable:
+    """Maps ``step(params, batch) -> sums`` likewise; nothing is overwritten."""
+    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None)

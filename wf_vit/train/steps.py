@@ -1,0 +1,168 @@
+"""The training and evaluation steps: pure functions of state and batch.
+
+They are jitted by ``parallel``, one shard of the batch per device, and reduce over
+the devices themselves. All randomness is folded from the seed, the step and the
+example's place in the global batch. So augmentation does not depend on the number of
+devices; stochastic depth, drawn per device and micro-batch, does.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from wf_vit.data import augment
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Params
+from wf_vit.train.state import TrainState
+
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the update step does besides the gradient.
+
+    Attributes:
+      seed: of all randomness.
+      augment: ``config.data.augment``.
+      label_smoothing: mass spread evenly over the classes.
+      accumulate_steps: micro-batches per step; they divide a device's batch.
+      ema_decay: of the moving average of the parameters; 0 for none.
+    """
+
+    seed: int
+    augment: ml_collections.FrozenConfigDict
+    label_smoothing: float = 0.0
+    accumulate_steps: int = 1
+    ema_decay: float = 0.0
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: ViT,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    axis: str,
+) -> tuple[TrainState, Metrics]:
+    """Does one update.
+
+    Args:
+      state: before the update.
+      batch: this device's ``image`` uint8 [b, height, width, 3] and ``label`` [b].
+      model: the model.
+      optimizer: its optimizer.
+      recipe: the rest of the recipe.
+      axis: name of the mapped axis to reduce over.
+
+    Returns:
+      The state after it, and metrics over the global batch: ``loss``, ``accuracy``
+      (on the augmented images, against the largest label), ``gradient_norm`` before
+      clipping, and ``field_area`` for models with fields.
+    """
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    count = len(batch["label"])
+    keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
+    batch = {**batch, "key": keys}
+
+    def gradient(micro: Batch) -> tuple[Params, Metrics]:
+        loss = partial(_loss, micro=micro, model=model, recipe=recipe)
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return gradients, metrics
+
+    gradients, metrics = _accumulate(gradient, batch, recipe.accumulate_steps)
+    gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
+    metrics["gradient_norm"] = optax.global_norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        # Early on the average follows fast, or it would remember the initialisation.
+        decay = jnp.minimum(recipe.ema_decay, (1 + state.step) / (10 + state.step))
+        ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+    state = TrainState(
+        step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
+    )
+    return state, metrics
+
+
+def _loss(
+    params: Params, *, micro: Batch, model: ViT, recipe: Recipe
+) -> tuple[Float[Array, ""], Metrics]:
+    """Returns the mean cross-entropy of a micro-batch, and its metrics."""
+    images, labels = augment.augment_batch(
+        micro["key"],
+        micro["image"],
+        micro["label"],
+        num_classes=model.num_classes,
+        config=recipe.augment,
+    )
+    drop_path_key = jax.random.fold_in(micro["key"][0], 2)
+    logits, out = model.apply(
+        {"params": params}, images, train=True, rngs={"drop_path": drop_path_key}
+    )
+    loss = optax.softmax_cross_entropy(
+        logits, optax.smooth_labels(labels, recipe.label_smoothing)
+    ).mean()
+    hits = logits.argmax(-1) == labels.argmax(-1)
+    metrics = {"loss": loss, "accuracy": hits.mean(dtype=jnp.float32)}
+    if out["fields"]:
+        areas = [fields.area().mean() for fields in out["fields"].values()]
+        metrics["field_area"] = jnp.stack(areas).mean()
+    return loss, metrics
+
+
+def _accumulate(gradient, batch: Batch, steps: int) -> tuple[Params, Metrics]:
+    """Returns the mean of ``gradient`` over ``steps`` equal parts of the batch."""
+    if steps == 1:
+        return gradient(batch)
+    parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(part)), None
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / steps, total)
+
+
+def eval_step(
+    params: Params,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    augmentation: ml_collections.FrozenConfigDict,
+    axis: str,
+) -> Metrics:
+    """Returns sums over the real examples of the global batch.
+
+    Args:
+      params: parameters.
+      batch: this device's ``image`` uint8 [b, height, width, 3], ``label`` [b] and
+        ``mask`` [b], which is 0 for padding.
+      model: the model.
+      augmentation: ``config.data.augment``, of which only the normalisation acts.
+      axis: name of the mapped axis to reduce over.
+
+    Returns:
+      ``top1`` and ``loss``, each summed over the examples, and their ``count``.
+    """
+    images = augment.normalize(batch["image"], augmentation.mean, augmentation.std)
+    logits, _ = model.apply({"params": params}, images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    mask = batch["mask"].astype(jnp.float32)
+    sums = {
+        "top1": jnp.sum((logits.argmax(-1) == batch["label"]) * mask),
+        "loss": jnp.sum(losses * mask),
+        "count": jnp.sum(mask),
+    }
+    return jax.lax.psum(sums, axis)
