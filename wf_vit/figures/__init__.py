@@ -1,0 +1,47 @@
+"""Figures for papers: arrays in, matplotlib Figures out; the caller saves.
+
+All figures share one style: readable in a paper column (3.3 inches), colour-blind
+safe and vector throughout. Categories have Okabe and Ito's colours, amounts the
+perceptually uniform maps viridis and cividis, directions ``flow_colors``. Save inside
+``style()``, so that text stays text in a PDF:
+
+    figure = learned_fields(images, extents, grid=(14, 14))
+    with style():
+        figure.savefig("fields.pdf")
+        figure.savefig("fields.png")
+
+Panels over a photograph use patch coordinates: the centre of the patch in row r and
+column c is at (c, r), so the photograph spans -0.5 to GW - 0.5 and -0.5 to GH - 0.5.
+"""
+
+from wf_vit.figures.curves import depth_profile, training_curves
+from wf_vit.figures.learned import (
+    learned_areas,
+    learned_beside_measured,
+    learned_fields,
+)
+from wf_vit.figures.maps import (
+    indiscriminative,
+    interactions,
+    responsive_fields,
+    tendency,
+)
+from wf_vit.figures.panels import telling_patches
+from wf_vit.figures.style import COLUMN, PAGE, flow_colors, style
+
+__all__ = [
+    "COLUMN",
+    "PAGE",
+    "depth_profile",
+    "flow_colors",
+    "indiscriminative",
+    "interactions",
+    "learned_areas",
+    "learned_beside_measured",
+    "learned_fields",
+    "responsive_fields",
+    "style",
+    "telling_patches",
+    "tendency",
+    "training_curves",
+]
