@@ -1,0 +1,313 @@
+"""Arrays to one HTML page: what is embedded, how precisely, and the page's parts."""
+
+import base64
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, Int16, UInt8
+from PIL import Image
+
+from wf_vit import fields
+from wf_vit.errors import UsageError
+from wf_vit.grid import Grid
+from wf_vit.page import coding
+
+# Lengths (reach and arrows) are stored in steps of 1/64 patch.
+_LENGTH_STEPS = 64
+
+# Levels for fused and for per-head interactions, most precise first. Fused ones keep
+# theirs longer: they are fewer, and looked at first.
+_PRECISIONS = (
+    (255, 255),
+    (255, 127),
+    (255, 63),
+    (127, 63),
+    (127, 31),
+    (63, 31),
+    (31, 15),
+)
+_FUSED_ONLY = (255, 127, 63, 31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Indicator:
+    """One indicator's interactions in one image.
+
+    Attributes:
+      fused: impact of patch j (column) on patch i (row), non-negative.
+      heads: the same for every head, or None.
+    """
+
+    fused: Float[np.ndarray, "L P P"]
+    heads: Float[np.ndarray, "L H P P"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a page embeds.
+
+    Attributes:
+      kept: positions on the layer axis.
+      fused_levels: precision of fused interactions.
+      heads_levels: precision of per-head interactions.
+      with_heads: how many of the indicators that have heads keep them.
+    """
+
+    kept: tuple[int, ...]
+    fused_levels: int
+    heads_levels: int = 0
+    with_heads: int = 0
+
+
+def explorer(
+    image: UInt8[np.ndarray, "height width 3"],
+    indicators: Mapping[str, Indicator],
+    grid: Grid,
+    *,
+    extents: Float[np.ndarray, "L H P 4"] | None = None,
+    layers: Sequence[int] | None = None,
+    mass: float = 0.9,
+    title: str = "Patch interactions",
+    model: str = "",
+    max_bytes: int = 5_000_000,
+) -> str:
+    """Builds the page.
+
+    To stay within ``max_bytes`` it stores interactions less precisely, then leaves
+    out the heads of the last indicators, then layers, in this order and no further
+    than needed. The page says what it leaves out and how large the error is. Fields
+    are measured before any rounding.
+
+    Args:
+      image: the image that the model saw.
+      indicators: by name, in the order of the page's menu; all of the same layers.
+      grid: ``(GH, GW)``.
+      extents: a window-free transformer's learned reach to the left, top, right and
+        bottom of every patch, in patches.
+      layers: names of the layers, by default 0 to L - 1.
+      mass: share of its impact that a patch's field holds.
+      title: of the page.
+      model: name of the model.
+      max_bytes: size of the page at most.
+
+    Returns:
+      The page's HTML.
+
+    Raises:
+      UsageError: the arrays do not fit each other or the grid, hold negative or
+        non-finite numbers, or not even one layer fits into ``max_bytes``.
+    """
+    num_layers = _check(indicators, grid, extents)
+    names = range(num_layers) if layers is None else layers
+    stacks = _stacks(indicators, grid, mass)
+    picture = _data_uri(image)
+    for plan in _plans(num_layers, sum(stack.kind == "heads" for stack in stacks)):
+        stored = _stored(stacks, plan)
+        # A page that is far too large need not be built to know that it is.
+        if _estimate(stored, plan) + len(picture) > 1.1 * max_bytes:
+            continue
+        payload, notes = _payload(list(indicators), stored, plan)
+        for stack in stacks:
+            if stack not in stored:
+                notes[stack.indicator]["omittedHeads"] = stack.share.shape[1]
+        meta = {
+            "title": title,
+            "model": model,
+            "grid": grid,
+            "mass": mass,
+            "layers": [names[index] for index in plan.kept],
+            "allLayers": num_layers,
+            "lengthSteps": _LENGTH_STEPS,
+            "colors": _color_table(),
+            "indicators": notes,
+        }
+        if extents is not None:
+            meta["learnedHeads"] = extents.shape[1]
+            # Beyond the grid's far side a longer reach changes nothing.
+            reach = np.minimum(extents[list(plan.kept)], max(grid))
+            payload["learned"] = coding.pack(coding.fixed_point(reach, _LENGTH_STEPS))
+        text = _assemble(meta, payload, picture)
+        if len(text.encode()) <= max_bytes:
+            return text
+    raise UsageError(
+        f"Not even one layer of {grid[0]} x {grid[1]} patches and "
+        f"{len(indicators)} indicators fits into max_bytes={max_bytes}: raise "
+        "max_bytes or pass fewer indicators."
+    )
+
+
+def _check(indicators, grid, extents) -> int:
+    """Returns the number of layers that all arrays agree on."""
+    if not indicators:
+        raise UsageError("No indicator was given: pass at least one to show.")
+    patches = grid[0] * grid[1]
+    num_layers = len(next(iter(indicators.values())).fused)
+    for name, indicator in indicators.items():
+        for kind in ("fused", "heads"):
+            impact = getattr(indicator, kind)
+            if impact is None:
+                continue
+            expected = (num_layers, patches, patches)
+            if (impact.shape[0], *impact.shape[-2:]) != expected:
+                raise UsageError(
+                    f"{kind} interactions of {name!r} have the shape {impact.shape}, "
+                    f"expected {num_layers} layers and grid {tuple(grid)} = {patches} "
+                    "patches: drop prefix tokens, or correct the grid."
+                )
+            if not np.isfinite(impact).all() or impact.min() < 0:
+                raise UsageError(
+                    f"{kind} interactions of {name!r} hold negative or non-finite "
+                    "numbers, expected magnitudes: pass their absolute value."
+                )
+    if extents is not None and (extents.shape[0], extents.shape[2]) != (
+        num_layers,
+        patches,
+    ):
+        raise UsageError(
+            f"extents have the shape {extents.shape}, expected [L, H, P, 4] with "
+            f"{num_layers} layers and {patches} patches."
+        )
+    return num_layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stack:
+    """The shares of one indicator, fused or per head, and the fields in them."""
+
+    indicator: int
+    kind: str
+    share: Float[np.ndarray, "L *heads P P"]
+    field: Int16[np.ndarray, "7 L *heads P"]
+
+    def levels(self, plan: _Plan) -> int:
+        return plan.fused_levels if self.kind == "fused" else plan.heads_levels
+
+
+def _stacks(indicators: Mapping[str, Indicator], grid: Grid, mass: float):
+    stacks = []
+    for index, indicator in enumerate(indicators.values()):
+        for kind, impact in (("fused", indicator.fused), ("heads", indicator.heads)):
+            if impact is not None:
+                share = coding.row_shares(impact)
+                field = np.stack([_field(layer, grid, mass) for layer in share], 1)
+                stacks.append(_Stack(index, kind, share, field))
+    return stacks
+
+
+def _field(share, grid: Grid, mass: float) -> Int16[np.ndarray, "7 *heads P"]:
+    """Returns reach, area in patches and arrow of one layer's fields."""
+    field = fields.responsive_field(jnp.asarray(share), grid, mass=mass)
+    lengths = np.concatenate([field.box, field.displacement], -1)
+    reach_and_arrow = coding.fixed_point(np.moveaxis(lengths, -1, 0), _LENGTH_STEPS)
+    area = coding.fixed_point(np.asarray(field.area)[None] * share.shape[-1], 1)
+    return np.concatenate([reach_and_arrow, area])
+
+
+def _plans(num_layers: int, with_heads: int) -> Iterator[_Plan]:
+    """Yields what could be embedded, the best first."""
+    for stride in range(1, num_layers + 1):
+        # Counted from the last layer, which is looked at most.
+        kept = tuple(range((num_layers - 1) % stride, num_layers, stride))
+        for count in range(with_heads, 0, -1):
+            for levels in _PRECISIONS:
+                yield _Plan(kept, *levels, count)
+        for levels in _FUSED_ONLY:
+            yield _Plan(kept, levels)
+
+
+def _stored(stacks: Sequence[_Stack], plan: _Plan) -> list[_Stack]:
+    """Returns all fused stacks, and the first per-head ones that the plan admits."""
+    heads = [stack for stack in stacks if stack.kind == "heads"][: plan.with_heads]
+    return [stack for stack in stacks if stack.kind == "fused" or stack in heads]
+
+
+def _estimate(stacks: Sequence[_Stack], plan: _Plan) -> float:
+    """Returns about how many bytes a plan takes, from a band of rows."""
+    total = 0.0
+    for stack in stacks:
+        patches = stack.share.shape[-1]
+        band = slice(patches // 2, patches // 2 + max(patches // 8, 1))
+        sample = stack.share[..., band, :][list(plan.kept)]
+        packed = coding.pack(coding.encode(sample, stack.levels(plan)).codes)
+        total += len(packed) * patches / sample.shape[-2]
+    return total
+
+
+def _payload(
+    names: Sequence[str], stacks: Sequence[_Stack], plan: _Plan
+) -> tuple[dict[str, str], list[dict]]:
+    """Returns packed arrays by id, and what the page says of each indicator."""
+    kept = list(plan.kept)
+    payload, notes = {}, [{"name": name, "stacks": {}} for name in names]
+    for stack in stacks:
+        exact = stack.share[kept]
+        coded = coding.encode(exact, stack.levels(plan))
+        parts = {"codes": coded.codes, "scales": coded.scales}
+        parts["field"] = stack.field[:, kept]
+        for part, array in parts.items():
+            name = f"{stack.indicator}-{stack.kind}-{part}"
+            payload[name] = coding.pack(array)
+        notes[stack.indicator]["stacks"][stack.kind] = {
+            "levels": coded.levels,
+            "heads": 1 if stack.kind == "fused" else exact.shape[1],
+            "errorBound": coded.error_bound(),
+            "misplaced": float(0.5 * np.abs(coded.decode() - exact).sum(-1).mean()),
+        }
+        if stack.kind == "fused":
+            # One colour scale for all layers and heads, in units of an even row.
+            top = np.quantile(stack.share, 0.9995) * stack.share.shape[-1]
+            notes[stack.indicator]["top"] = max(10.0, float(f"{top:.1g}"))
+    return payload, notes
+
+
+def _data_uri(image: UInt8[np.ndarray, "height width 3"]) -> str:
+    """Returns the image as PNG or JPEG, whichever is smaller."""
+    files = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 92})):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, kind, **options)
+        data = base64.b64encode(file.getvalue()).decode("ascii")
+        files.append(f"data:image/{kind};base64,{data}")
+    return min(files, key=len)
+
+
+def _color_table() -> str:
+    table = mpl.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]
+    return base64.b64encode(table.tobytes()).decode("ascii")
+
+
+def _assemble(meta: dict, payload: Mapping[str, str], picture: str) -> str:
+    """Fills the template; its policy admits this very script and style, no other."""
+    files = resources.files("wf_vit.page")
+    template, style, script = (
+        files.joinpath(name).read_text(encoding="utf-8")
+        for name in ("explorer.html", "explorer.css", "explorer.js")
+    )
+    # A "<" could end the script element that holds the text.
+    blocks = {"meta": json.dumps(meta).replace("<", "\\u003c"), **payload}
+    return string.Template(template).substitute(
+        title=html.escape(meta["title"]),
+        style=style,
+        style_hash=_sha256(style),
+        script=script,
+        script_hash=_sha256(script),
+        picture=picture,
+        data="\n".join(
+            f'<script type="text/plain" id="data-{name}">{text}</script>'
+            for name, text in blocks.items()
+        ),
+    )
+
+
+def _sha256(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return base64.b64encode(digest).decode("ascii")
