@@ -142,7 +142,7 @@ def test_evaluation_sums_real_examples_only(experiment):
     step = partial(
         steps.eval_step,
         model=experiment["model"],
-        augmentation=experiment["config"].data.augment,
+        augmentation=experiment["recipe"].augment,
         axis=parallel.AXIS,
     )
     batch = random_batch()

@@ -1,6 +1,7 @@
 """The tasks ``train`` and ``evaluate``: data, devices, steps, checkpoints, reports."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -163,7 +164,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     step = functools.partial(
         steps.eval_step,
         model=model,
-        augmentation=config.data.augment,
+        augmentation=ml_collections.FrozenConfigDict(config.data.augment),
         axis=parallel.AXIS,
     )
     return Experiment(
@@ -246,24 +247,24 @@ def _run(
     batches = train_batches(config, first)
     for step in range(first + 1, durations.total + 1):
         state, metrics = update(state, next(batches))
-        window.add(metrics)
+        window.add(step, metrics)
         profile(step)
         reporter.advance(step)
         last = step == durations.total
         evaluates = last or step % durations.eval == 0
         saves = evaluates or step % durations.checkpoint == 0
-        if saves or step % durations.log == 0:
-            scalars = window.close(step)
+        if last or step % durations.log == 0:
+            scalars = window.close()
             scalars["train/learning_rate"] = float(rate(step - 1))
             scalars["train/epoch"] = step / durations.steps_per_epoch
             reporter.write(step, scalars)
-        if evaluates:
-            evaluation = evaluate_splits(experiment, state.eval_params)
-            reporter.write(step, evaluation)
         if saves:
-            top1 = evaluation[f"{best_split}/top1"] if evaluates else None
-            checkpoints.save(state, experiment.meta, top1)
-            window.restart()
+            with window.pause():
+                if evaluates:
+                    evaluation = evaluate_splits(experiment, state.eval_params)
+                    reporter.write(step, evaluation)
+                top1 = evaluation[f"{best_split}/top1"] if evaluates else None
+                checkpoints.save(state, experiment.meta, top1)
     return state, evaluation
 
 
@@ -277,42 +278,55 @@ def _profiler(config: ml_collections.ConfigDict, workdir: Path) -> Callable[[int
 
 
 class _Window:
-    """The training metrics since the last report."""
+    """The training metrics and the time since the last report."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
-        self._metrics: list[steps.Metrics] = []
+        self._metrics: dict[int, steps.Metrics] = {}
         self._start = time.perf_counter()
 
-    def add(self, metrics: steps.Metrics) -> None:
+    def add(self, step: int, metrics: steps.Metrics) -> None:
         """Takes a step's metrics, which may still be on their way."""
-        self._metrics.append(metrics)
-        if len(self._metrics) > _STEPS_AHEAD:
-            jax.block_until_ready(self._metrics[-1 - _STEPS_AHEAD])
+        self._metrics[step] = metrics
+        awaited = self._metrics.get(step - _STEPS_AHEAD)
+        if awaited is not None:
+            jax.block_until_ready(awaited)
 
-    def close(self, step: int) -> dict[str, float]:
+    def close(self) -> dict[str, float]:
         """Returns the means and the speed, and starts the next window.
 
         Raises:
           NonFiniteLossError: a loss or a gradient was not finite.
         """
-        rows = jax.device_get(self._metrics)
-        for offset, row in enumerate(rows):
-            if not math.isfinite(row["loss"] + row["gradient_norm"]):
-                raise NonFiniteLossError(
-                    f"At step {step - len(rows) + 1 + offset} the loss is "
-                    f"{row['loss']} and the gradient's norm {row['gradient_norm']}. "
-                    "The last checkpoint is from before. Lower "
-                    "config.optimizer.learning_rate or clip_norm, lengthen the "
-                    "warm-up, or check the data; then run again to resume."
-                )
+        rows = self._fetch()
         means = {f"train/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
         seconds = time.perf_counter() - self._start
         means["train/images_per_second"] = len(rows) * self._batch_size / seconds
-        self._metrics = []
-        self.restart()
+        self._metrics = {}
+        self._start = time.perf_counter()
         return means
 
-    def restart(self) -> None:
-        """Leaves the time until now out of the next speed."""
-        self._start = time.perf_counter()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens inside out of the speed; checks the steps before it.
+
+        Raises:
+          NonFiniteLossError: a loss or a gradient was not finite.
+        """
+        self._fetch()
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def _fetch(self) -> list[dict[str, np.ndarray]]:
+        """Waits for the metrics of all steps; raises if one is not finite."""
+        rows = jax.device_get(self._metrics)
+        for step, row in rows.items():
+            if not math.isfinite(row["loss"] + row["gradient_norm"]):
+                raise NonFiniteLossError(
+                    f"At step {step} the loss is {row['loss']} and the gradient's norm "
+                    f"{row['gradient_norm']}. The last checkpoint is from before. "
+                    "Lower config.optimizer.learning_rate or clip_norm, lengthen the "
+                    "warm-up, or check the data; then run again to resume."
+                )
+        return list(rows.values())

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tqdm
 from clu import metric_writers
@@ -15,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 JSONL = "metrics.jsonl"
 
 
-def read_jsonl(workdir: Path) -> list[dict[str, float]]:
+def read_jsonl(workdir: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's ``metrics.jsonl``, in the order of their steps."""
     path = workdir / JSONL
     if not path.exists():

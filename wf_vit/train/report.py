@@ -55,7 +55,9 @@ def save_figures(
     _, out = jax.jit(model.apply)({"params": params}, normal)
     if out["fields"]:
         extents = np.stack([f.extents for f in out["fields"].values()])
-        figure = figures.learned_fields(images, extents, model.grid)
+        figure = figures.learned_fields(
+            images, extents, model.grid, softness=model.fields.softness
+        )
         _save(figure, workdir, "fields")
 
 
@@ -63,6 +65,7 @@ def _save(figure: Figure, workdir: Path, name: str) -> None:
     """Writes a figure as PNG and PDF."""
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"{name}.{suffix}")
+    with figures.style():
+        for suffix in ("png", "pdf"):
+            figure.savefig(folder / f"{name}.{suffix}")
     _LOG.info("Wrote %s.", folder / f"{name}.png")
