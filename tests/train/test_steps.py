@@ -150,7 +150,7 @@ def test_evaluation_sums_real_examples_only(experiment):
     sums = parallel.map_reduce(step)(
         experiment["params"], parallel.shard({**batch, "mask": mask})
     )
-    images = augment.normalize(batch["image"][:11], (0.5,) * 3, (0.5,) * 3)
+    images = augment.normalize(jnp.asarray(batch["image"][:11]), (0.5,) * 3, (0.5,) * 3)
     logits, _ = experiment["model"].apply({"params": experiment["params"]}, images)
     labels = batch["label"][:11]
     losses = -jax.nn.log_softmax(logits)[np.arange(11), labels]

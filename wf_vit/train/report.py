@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def save_figures(
     batch = next(pipeline.eval_batches(config.data, split, batch_size=_EXAMPLES))
     images = batch["image"][batch["mask"].astype(bool)]
     normal = augment.normalize(
-        images, config.data.augment.mean, config.data.augment.std
+        jnp.asarray(images), config.data.augment.mean, config.data.augment.std
     )
     _, out = jax.jit(model.apply)({"params": params}, normal)
     if out["fields"]:
