@@ -8,7 +8,7 @@ One letter means one axis in all code, docstrings and documents:
     D   width                 C   classes
     GH  rows of the grid      GW  columns of the grid; GH * GW = P
 
-Tokens are ordered prefix first (CLS, registers, distillation token), then the
+Tokens are ordered prefix first (CLS, distillation token, registers), then the
 patches row by row: patch ``p`` lies in row ``p // GW`` and column ``p % GW``.
 ``attention[..., i, j]`` is the weight that query ``i`` gives to key ``j``.
 Positions are ``(x, y)`` in patches, x to the right and y downwards.

@@ -19,7 +19,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models.attention import Dtype, Record, SelfAttention
 from wf_vit.models.membership import LearnedFields
 
-POOLS = ("cls", "mean", "cls_mean", "map")
+POOLS = ("cls", "mean", "map", "cls_mean")
 POSITIONS = ("learned", "sincos")
 MLPS = ("gelu", "gelu_tanh", "swiglu")
 

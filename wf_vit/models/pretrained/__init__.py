@@ -1,0 +1,178 @@
+"""Published checkpoints as models of this package.
+
+``load`` reads Google's, big_vision's, timm's, Meta's and Hugging Face's vision
+transformers, and this package's own runs. Every parameter is accounted for by name.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from wf_vit.errors import UsageError
+from wf_vit.models.pretrained.infer import Parameters, infer
+from wf_vit.models.pretrained.positions import resize_table
+from wf_vit.models.pretrained.preprocess import Preprocess
+from wf_vit.models.pretrained.readers import HUB, download, read
+from wf_vit.models.pretrained.runs import is_run, read_run
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Params
+
+_LOG = logging.getLogger(__name__)
+
+# What makes way for a head of another number of classes.
+HEAD = ("head", "head_distillation", "representation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model that has been trained.
+
+    Attributes:
+      model: the module.
+      params: its parameters, float32.
+      preprocess: turns uint8 images of any size into the model's input.
+    """
+
+    model: ViT
+    params: Params
+    preprocess: Preprocess
+
+
+def load(
+    source: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    num_heads: int | None = None,
+) -> Pretrained:
+    """Loads a published checkpoint.
+
+    Known are Google's and AugReg's ``.npz`` (vision_transformer), big_vision's
+    ``.npz``, ``.safetensors`` or (with PyTorch installed) ``.pth`` files of timm, of
+    Meta's DINO and DINOv2, and of Hugging Face's ViT, DeiT, DINO and DINOv2, and the
+    checkpoints of this package's own runs.
+
+    The architecture is read off the names and shapes of the tensors. What they cannot
+    tell is taken from ``config.json`` and ``preprocessor_config.json`` beside them
+    (Hugging Face's or timm's), and else from convention:
+
+    - heads are 64 wide, except for ViT-H and the giant models (``HEADS_OF_WIDTH``);
+      Google's files tell. ``num_heads`` has precedence;
+    - GELU is exact in files of PyTorch and approximate in Google's;
+    - epsilon is 1e-12 for Hugging Face's ViT and DeiT, and else 1e-6;
+    - a timm file's images are normalised by ImageNet's mean and deviation. Its AugReg
+      models, which are not, need the config.json;
+    - a position table is resized as the library does that the layout belongs to; a
+      DINO backbone in Meta's file has timm's names, and is taken for timm's. A run's
+      is resized as timm's.
+
+    What a config or convention gets wrong can be replaced: ``model.clone(mlp=...)``.
+    Tokens and heads that only pretraining uses are dropped (``layouts.IGNORED``).
+
+    Args:
+      source: a file; a folder with one and, perhaps, its configs; a run's working
+        directory (its last checkpoint) or ``<workdir>/checkpoints/<step>``; or
+        ``hf://owner/name[@revision]`` (needs the extra ``hub``).
+      image_size: ``(height, width)`` in pixels, or one number for a square. The
+        position table is resized to its grid. None: the checkpoint's own.
+      num_classes: None keeps the checkpoint's head, or its lack of one. A number other
+        than the checkpoint's replaces the head, and what is before it since the
+        pooling, by a new one, or by none for 0; the log says so.
+      num_heads: H, where it cannot be inferred.
+
+    Returns:
+      The model, its parameters and the preprocessing of its images.
+
+    Raises:
+      UsageError: the source cannot be read, is of no known form, or has missing,
+        unknown or misshapen parameters, all of which are listed.
+    """
+    if isinstance(image_size, int):
+        image_size = (image_size, image_size)
+    path = download(source) if str(source).startswith(HUB) else Path(source)
+    if is_run(path):
+        checkpoint = read_run(path)
+    else:
+        arrays, hints = read(path)
+        checkpoint = infer(arrays, hints, image_size=image_size, num_heads=num_heads)
+    parameters, model = checkpoint.parameters, checkpoint.model
+    if num_classes not in (None, model.num_classes):
+        _LOG.info(
+            "The head of %s, for %d classes, makes way for a new one for %d.",
+            source,
+            model.num_classes,
+            num_classes,
+        )
+        model = model.clone(num_classes=num_classes, representation_size=None)
+        parameters = _without_head(parameters) | _new_head(model)
+    if image_size is not None:
+        model = model.clone(image_size=image_size).validate()
+    if model.positions == "learned":
+        table = parameters["position_table"]
+        table = resize_table(table, model.grid, checkpoint.resampling)
+        parameters = parameters | {"position_table": table}
+    expected = jax.eval_shape(lambda: _initial(model))
+    _compare(parameters, expected, checkpoint.origin, source)
+    params = {name: jnp.asarray(parameters[name], jnp.float32) for name in expected}
+    return Pretrained(
+        model=model,
+        params=traverse_util.unflatten_dict(params, sep="/"),
+        preprocess=Preprocess(model.image_size, checkpoint.recipe),
+    )
+
+
+def _initial(model: ViT) -> Parameters:
+    """Returns fresh parameters by flat name; shapes only, under ``eval_shape``."""
+    images = jnp.zeros((1, *model.image_size, 3))
+    params = model.init(jax.random.key(0), images)["params"]
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def _is_head(name: str) -> bool:
+    return name.partition("/")[0] in HEAD
+
+
+def _without_head(parameters: Parameters) -> Parameters:
+    return {n: array for n, array in parameters.items() if not _is_head(n)}
+
+
+def _new_head(model: ViT) -> Parameters:
+    """Returns the fresh parameters of the head alone."""
+
+    def head() -> Parameters:
+        return {n: array for n, array in _initial(model).items() if _is_head(n)}
+
+    return jax.jit(head)()
+
+
+def _compare(
+    parameters: Parameters,
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    origin: Mapping[str, str],
+    source: str | Path,
+) -> None:
+    """Raises UsageError if there are missing, unknown or misshapen parameters."""
+
+    def named(name: str) -> str:
+        own_name = origin.get(name, name)
+        return name if own_name == name else f"{own_name} (here {name})"
+
+    wrong = [f"missing: {name}" for name in expected if name not in parameters]
+    wrong += [f"unknown: {named(name)}" for name in parameters if name not in expected]
+    wrong += [
+        f"misshapen: {named(name)} is {parameters[name].shape}, expected {array.shape}"
+        for name, array in expected.items()
+        if name in parameters and parameters[name].shape != array.shape
+    ]
+    if wrong:
+        listing = "\n  ".join(wrong)
+        raise UsageError(
+            f"{source} does not fit the model that its parameters imply. If its heads "
+            "are of an unusual width, pass num_heads; else it is damaged, or a variant "
+            f"of the vision transformer that is not supported.\n  {listing}"
+        )

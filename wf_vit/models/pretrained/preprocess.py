@@ -1,0 +1,111 @@
+"""How the images of a published checkpoint are prepared."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from wf_vit.errors import UsageError
+
+Triple = tuple[float, float, float]
+
+# Mean and standard deviation of the channels, of images in [0, 1].
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint expects of its images, whatever their size.
+
+    Attributes:
+      mean: of each channel, of images in [0, 1].
+      std: of each channel.
+      interpolation: one of ``INTERPOLATIONS``; as Pillow resizes, so antialiased.
+      crop: the share of the resized image's side that a central crop keeps; None
+        resizes without regard to the aspect ratio and crops nothing.
+    """
+
+    mean: Triple
+    std: Triple
+    interpolation: str
+    crop: float | None
+
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(
+                f"The interpolation is {self.interpolation!r}: choose one of "
+                f"{', '.join(INTERPOLATIONS)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """Prepares images for one model.
+
+    Attributes:
+      image_size: ``(height, width)`` of the model, in pixels.
+      recipe: what the checkpoint expects.
+    """
+
+    image_size: tuple[int, int]
+    recipe: Recipe
+
+    def __call__(
+        self, images: Iterable[UInt8[np.ndarray, "_ _ 3"]]
+    ) -> Float[np.ndarray, "B height width 3"]:
+        """Resizes, crops and normalises images, each of any size."""
+        return self.normalize(np.stack([self._fit(image) for image in images]))
+
+    def normalize(
+        self, images: UInt8[np.ndarray, "B height width 3"]
+    ) -> Float[np.ndarray, "B height width 3"]:
+        """Normalises images that have the model's size already."""
+        if images.dtype != np.uint8 or images.shape[1:] != (*self.image_size, 3):
+            raise UsageError(
+                f"The images are {images.dtype} {images.shape}, expected uint8 "
+                f"[B, {self.image_size[0]}, {self.image_size[1]}, 3]: call "
+                "preprocess(images), which also resizes."
+            )
+        mean, std = (
+            255 * np.asarray(x, np.float32) for x in (self.recipe.mean, self.recipe.std)
+        )
+        return (images - mean) / std
+
+    def _fit(
+        self, image: UInt8[np.ndarray, "_ _ 3"]
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """Resizes and crops one image to the model's size."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UsageError(
+                f"An image is {image.dtype} {image.shape}, expected uint8 "
+                "[height, width, 3]: pass a batch or a list of RGB images in 8 bits."
+            )
+        size = self._resized(*image.shape[:2])
+        resample = INTERPOLATIONS[self.recipe.interpolation]
+        resized = Image.fromarray(image).resize(size[::-1], resample)
+        top, left = (
+            round((have - keep) / 2)
+            for have, keep in zip(size, self.image_size, strict=True)
+        )
+        height, width = self.image_size
+        return np.asarray(resized)[top : top + height, left : left + width]
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the size before the crop: it covers the model's, scaled by it."""
+        if self.recipe.crop is None:
+            return self.image_size
+        # 224 / 0.875 must be 256 in spite of rounding.
+        rows, columns = (int(s / self.recipe.crop + 1e-6) for s in self.image_size)
+        if rows * width >= columns * height:
+            return rows, max(rows * width // height, self.image_size[1])
+        return max(columns * height // width, self.image_size[0]), columns

@@ -1,0 +1,271 @@
+"""From a file, folder or Hugging Face repository to arrays and hints."""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from wf_vit.errors import UsageError
+from wf_vit.models.pretrained.preprocess import INTERPOLATIONS
+
+HUB = "hf://"
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
+INDEX = "model.safetensors.index.json"
+
+# The parameters of a training checkpoint lie under one of these; the teacher is what
+# DINO and DINOv2 are evaluated with.
+WRAPPERS = ("teacher", "state_dict", "model")
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+POOLINGS = {"token": "cls", "avg": "mean", "map": "map"}
+# Pillow's numbers, which Hugging Face's files use.
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What the files beside the tensors say.
+
+    Attributes:
+      model: attributes of ``ViT``.
+      recipe: arguments of ``preprocess.Recipe``.
+    """
+
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], Hints]:
+    """Reads a checkpoint.
+
+    Args:
+      path: a file (``SUFFIXES``), or a folder with one.
+
+    Returns:
+      The arrays by name, and what the config files beside them say.
+
+    Raises:
+      UsageError: there is no such file, or a package to read it is missing.
+    """
+    if not path.exists():
+        raise UsageError(
+            f"There is no checkpoint at {path}: give a file ({', '.join(SUFFIXES)}), "
+            "a folder with one, or hf://owner/name."
+        )
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        path = _weights_in(path)
+    if path.name == INDEX:
+        arrays = _read_shards(path)
+    elif path.suffix == ".safetensors":
+        arrays = _read_safetensors(path)
+    elif path.suffix == ".npz":
+        arrays = _read_npz(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        arrays = _read_torch(path)
+    else:
+        raise UsageError(f"{path} is none of {', '.join(SUFFIXES)}: convert it first.")
+    return arrays, read_hints(folder)
+
+
+def download(source: str) -> Path:
+    """Downloads ``hf://owner/name`` or ``hf://owner/name@revision``, once.
+
+    Raises:
+      UsageError: huggingface_hub is not installed, or the repository out of reach.
+    """
+    match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@(.+))?", source)
+    if match is None:
+        raise UsageError(f"{source!r} is not of the form hf://owner/name[@revision].")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UsageError(
+            f"{source} needs huggingface_hub: pip install 'wf-vit[hub]', or download "
+            "the repository by hand and give its folder."
+        ) from error
+    try:
+        folder = huggingface_hub.snapshot_download(
+            match[1],
+            revision=match[2],
+            allow_patterns=["config.json", "preprocessor_config.json", "model*"],
+        )
+    # The library raises its own, its HTTP client's and the system's exceptions.
+    except Exception as error:
+        raise UsageError(
+            f"{source} could not be downloaded and is not in the cache: check the name "
+            "and the network, or download the repository elsewhere and give its "
+            f"folder. huggingface_hub says: {error}"
+        ) from error
+    return Path(folder)
+
+
+def _weights_in(folder: Path) -> Path:
+    """Returns the one file of weights in a folder."""
+    names = ("model.safetensors", INDEX, "pytorch_model.bin")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    found = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
+    if len(found) != 1:
+        listing = ", ".join(f.name for f in found) or "none"
+        raise UsageError(
+            f"{folder} holds no {', '.join(names)}, and not one checkpoint but "
+            f"{len(found)} ({listing}): name the file."
+        )
+    return found[0]
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # NumPy finds bfloat16 because ml_dtypes is imported.
+    with safe_open(path, framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    files = set(json.loads(index.read_text())["weight_map"].values())
+    missing = sorted(f for f in files if not (index.parent / f).exists())
+    if missing:
+        raise UsageError(f"{index} names files that are not there: {missing}.")
+    arrays = {}
+    for file in sorted(files):
+        arrays.update(_read_safetensors(index.parent / file))
+    return arrays
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    # NumPy stores bfloat16 as two bytes without a type.
+    return {
+        name: a.view(ml_dtypes.bfloat16) if a.dtype == np.dtype("V2") else a
+        for name, a in arrays.items()
+    }
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            f"{path} needs PyTorch to be read: pip install torch, or save the state "
+            "dict elsewhere with safetensors.torch.save_file."
+        ) from error
+    # DINO's training checkpoints hold their command-line arguments.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return {
+        name: value.detach().float().numpy()
+        for name, value in unwrap(content).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state dict in a (training) checkpoint; see ``WRAPPERS``."""
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            return unwrap(content[wrapper])
+    return dict(content)
+
+
+def read_hints(folder: Path) -> Hints:
+    """Reads ``config.json`` and ``preprocessor_config.json``, where they exist."""
+
+    def content(name: str) -> dict[str, Any]:
+        path = folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    config = content("config.json")
+    if "architecture" in config:
+        return timm_hints(config)
+    return hugging_face_hints(config, content("preprocessor_config.json"))
+
+
+def timm_hints(config: Mapping[str, Any]) -> Hints:
+    """Understands timm's ``config.json``."""
+    images = config.get("pretrained_cfg", {})
+    arguments = config.get("model_args", {})
+    size = arguments.get("img_size", images.get("input_size", (None,))[1:])
+    recipe = {key: tuple(images[key]) for key in ("mean", "std") if key in images}
+    if images.get("interpolation") in INTERPOLATIONS:
+        recipe["interpolation"] = images["interpolation"]
+    if images.get("crop_mode") == "squash":
+        recipe["crop"] = None
+    elif "crop_pct" in images:
+        recipe["crop"] = images["crop_pct"]
+    model = {
+        "num_heads": arguments.get("num_heads"),
+        "pool": POOLINGS.get(config.get("global_pool")),
+        "image_size": _pair(size),
+    }
+    return Hints(_said(model), recipe)
+
+
+def hugging_face_hints(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> Hints:
+    """Understands Hugging Face's ``config.json`` and ``preprocessor_config.json``."""
+    activation = config.get("hidden_act")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UsageError(
+            f"config.json says hidden_act={activation!r}; a ViT of this package has "
+            f"one of {', '.join(ACTIVATIONS)}."
+        )
+    recipe = {
+        ours: tuple(preprocessor[theirs])
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
+        if theirs in preprocessor
+    }
+    if preprocessor.get("resample") in RESAMPLE:
+        recipe["interpolation"] = RESAMPLE[preprocessor["resample"]]
+    if "size" in preprocessor:
+        recipe["crop"] = _crop(preprocessor)
+    model = {
+        "num_heads": config.get("num_attention_heads"),
+        "mlp": ACTIVATIONS.get(activation),
+        "norm_epsilon": config.get("layer_norm_eps"),
+        "image_size": _pair(config.get("image_size")),
+    }
+    return Hints(_said(model), recipe)
+
+
+def _said(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the attributes that are known."""
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _crop(preprocessor: Mapping[str, Any]) -> float | None:
+    """Returns the share that the central crop keeps, None where all is squashed."""
+
+    def side(key: str) -> int:
+        size = preprocessor[key]
+        if isinstance(size, Mapping):
+            return size.get("shortest_edge") or size["height"]
+        return size
+
+    if preprocessor.get("do_center_crop") and "crop_size" in preprocessor:
+        return side("crop_size") / side("size")
+    size = preprocessor["size"]
+    keeps_aspect = isinstance(size, Mapping) and "shortest_edge" in size
+    return 1.0 if keeps_aspect else None
+
+
+def _pair(size) -> tuple[int, int] | None:
+    """Returns a height and a width from one number, from two, or from nothing."""
+    if not size:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,0 +1,83 @@
+"""Checkpoints of this package's own runs, as ``wf_vit.train`` leaves them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from wf_vit.errors import UsageError
+from wf_vit.models import registry
+from wf_vit.models.pretrained.infer import Checkpoint
+from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
+from wf_vit.models.pretrained.preprocess import Recipe
+
+DIRECTORY = "checkpoints"
+
+
+def is_run(source: Path) -> bool:
+    """Whether a folder is a run's working directory, or one of its checkpoints."""
+    return (source / DIRECTORY).is_dir() or source.parent.name == DIRECTORY
+
+
+def read_run(source: Path) -> Checkpoint:
+    """Reads the parameters that a run would be evaluated with, and nothing else.
+
+    Args:
+      source: the working directory, for its last checkpoint; or the folder of one,
+        ``<workdir>/checkpoints/<step>``.
+
+    Returns:
+      The checkpoint: the moving average of the parameters if the run keeps one.
+
+    Raises:
+      UsageError: there is no checkpoint, or no ``config.json``.
+    """
+    source = source.absolute()
+    if (source / DIRECTORY).is_dir():
+        steps = ocp.utils.checkpoint_steps(source / DIRECTORY)
+        if not steps:
+            raise UsageError(
+                f"There is no checkpoint in {source / DIRECTORY} yet: train first."
+            )
+        source = source / DIRECTORY / str(max(steps))
+    config = source.parent.parent / "config.json"
+    if not config.exists():
+        raise UsageError(
+            f"{config} is missing: a run's folder is its config.json and {DIRECTORY}/."
+        )
+    data = json.loads(config.read_text())["data"]
+    json_item = ocp.JsonCheckpointHandler()
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), meta=json_item, metrics=json_item
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        saved = checkpointer.metadata(source).item_metadata["state"]
+        kind = "params" if saved["ema_params"] is None else "ema_params"
+        wanted = {kind: saved[kind]}
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        restored = checkpointer.restore(
+            source,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=jax.tree.map(lambda _: as_numpy, wanted),
+                    partial_restore=True,
+                ),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+    return Checkpoint(
+        model=registry.from_json(restored["meta"]["model"]),
+        parameters=traverse_util.flatten_dict(restored["state"][kind], sep="/"),
+        origin={},
+        resampling=TORCH_CUBIC_ANTIALIAS,
+        recipe=Recipe(
+            mean=tuple(data["augment"]["mean"]),
+            std=tuple(data["augment"]["std"]),
+            interpolation=data["resize_method"],
+            crop=data["eval_resize"],
+        ),
+    )
