@@ -9,7 +9,9 @@ import pytest
 
 from wf_vit.data import pipeline
 from wf_vit.errors import UsageError
-from wf_vit.train import loop, recipe, schedule
+from wf_vit.models import pretrained
+from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.train import loop, report, schedule
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.metrics import Reporter, read_jsonl
 from wf_vit.train.state import init_state
@@ -76,10 +78,43 @@ def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_
         assert (tmp_path / "figures" / name).stat().st_size > 1000
     assert list(tmp_path.glob("events.out.tfevents.*"))
     # The task "evaluate" finds the same numbers in the checkpoint.
-    with digits_config.unlocked():
-        digits_config.evaluate_checkpoint = "last"
+    digits_config.evaluate_checkpoint = "last"
     again = loop.evaluate(digits_config, tmp_path)
     assert again == pytest.approx(metrics)
+    # And the importer opens the folder: the same model, the averaged parameters.
+    loaded = pretrained.load(tmp_path)
+    state = last_state(digits_config, tmp_path)
+    assert loaded.model == loop.build(digits_config).model
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, state.ema_params)
+
+
+def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path):
+    """Started from a run of ViT, very wide fields give what ViT gave."""
+    digits_config.model.name = "vit"
+    vit = loop.build(digits_config)
+    kernel = vit.params["head"]["kernel"]
+    head = {"kernel": jax.random.normal(jax.random.key(0), kernel.shape)}
+    params = {**vit.params, "head": {**vit.params["head"], **head}}
+    optimizer = schedule.make_optimizer(digits_config, vit.durations)
+    report.save_config(digits_config, tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(init_state(params, optimizer, ema=True), vit.meta, 0.5)
+
+    digits_config.init_from = str(tmp_path)
+    digits_config.model.name = "windowfree"
+    digits_config.model.fields.radii = (1e3,)
+    winft = loop.build(digits_config)
+    assert isinstance(winft.model, WindowFreeViT)
+    image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    expected, _ = vit.model.apply({"params": params}, image)
+    got, out = winft.model.apply({"params": winft.params}, image)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert len(out["fields"]) == winft.model.depth
+
+    digits_config.model.name = "vit"
+    digits_config.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="nowhere"):
+        loop.build(digits_config)
 
 
 def test_evaluation_counts_every_example_once(digits_config):
@@ -103,13 +138,14 @@ def test_evaluation_counts_every_example_once(digits_config):
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_path):
-    with digits_config.unlocked():
-        digits_config.optimizer.learning_rate = float("inf")
-        recipe.set_duration(digits_config, "checkpoint", steps=1)
-    with pytest.raises(loop.NonFiniteLossError, match="At step 3 the loss is nan"):
+    """The update of step 3 is infinite though its loss and gradient are finite."""
+    digits_config.total_steps = 2
+    loop.train(digits_config, tmp_path)
+    digits_config.total_steps = 4
+    digits_config.checkpoint_steps = 1
+    digits_config.optimizer.learning_rate = float("inf")
+    with pytest.raises(loop.NonFiniteLossError, match="At step 3 the loss is 2"):
         loop.train(digits_config, tmp_path)
-    with digits_config.unlocked():
-        digits_config.optimizer.learning_rate = 1e-2
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.last_step == 2
 
@@ -129,8 +165,7 @@ def test_best_and_last_checkpoints_are_kept(digits_config, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(digits_config, tmp_path):
     loop.train(digits_config, tmp_path)
-    with digits_config.unlocked():
-        digits_config.model.width = 64
+    digits_config.model.width = 64
     with pytest.raises(UsageError, match="does not fit the config"):
         loop.train(digits_config, tmp_path)
 
@@ -152,7 +187,6 @@ def test_missing_checkpoints_and_unwritable_folders_are_named(digits_config, tmp
     ],
 )
 def test_batches_that_cannot_be_shared_are_named(digits_config, change, message):
-    with digits_config.unlocked():
-        digits_config.update(change)
+    digits_config.update(change)
     with pytest.raises(UsageError, match=message):
         loop.build(digits_config)

@@ -8,9 +8,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from wf_vit.errors import UsageError
+from wf_vit.models.pretrained.runs import DIRECTORY
 from wf_vit.train.state import TrainState
 
-DIRECTORY = "checkpoints"
 METRIC = "top1"
 
 

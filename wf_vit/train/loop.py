@@ -35,7 +35,7 @@ _STEPS_AHEAD = 2
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became infinite or NaN."""
+    """The loss, the gradient or the update became infinite or NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +296,7 @@ class _Window:
         """Returns the means and the speed, and starts the next window.
 
         Raises:
-          NonFiniteLossError: a loss or a gradient was not finite.
+          NonFiniteLossError: a loss, a gradient or an update was not finite.
         """
         rows = self._fetch()
         means = {f"train/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
@@ -311,7 +311,7 @@ class _Window:
         """Leaves what happens inside out of the speed; checks the steps before it.
 
         Raises:
-          NonFiniteLossError: a loss or a gradient was not finite.
+          NonFiniteLossError: a loss, a gradient or an update was not finite.
         """
         self._fetch()
         start = time.perf_counter()
@@ -322,11 +322,13 @@ class _Window:
         """Waits for the metrics of all steps; raises if one is not finite."""
         rows = jax.device_get(self._metrics)
         for step, row in rows.items():
-            if not math.isfinite(row["loss"] + row["gradient_norm"]):
+            norms = row["gradient_norm"], row["update_norm"]
+            if not math.isfinite(row["loss"] + sum(norms)):
                 raise NonFiniteLossError(
-                    f"At step {step} the loss is {row['loss']} and the gradient's norm "
-                    f"{row['gradient_norm']}. The last checkpoint is from before. "
-                    "Lower config.optimizer.learning_rate or clip_norm, lengthen the "
-                    "warm-up, or check the data; then run again to resume."
+                    f"At step {step} the loss is {row['loss']}, the norm of the "
+                    f"gradient {norms[0]} and of the update {norms[1]}. The last "
+                    "checkpoint is from before. Lower config.optimizer.learning_rate "
+                    "or clip_norm, lengthen the warm-up, or check the data; then run "
+                    "again to resume."
                 )
         return list(rows.values())

@@ -66,7 +66,7 @@ def train_step(
     Returns:
       The state after it, and metrics over the global batch: ``loss``, ``accuracy``
       (on the augmented images, against the largest label), ``gradient_norm`` before
-      clipping, and ``field_area`` for models with fields.
+      clipping, ``update_norm``, and ``field_area`` for models with fields.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     count = len(batch["label"])
@@ -82,6 +82,7 @@ def train_step(
     gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
     metrics["gradient_norm"] = optax.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics["update_norm"] = optax.global_norm(updates)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
