@@ -1,0 +1,282 @@
+"""Responsive fields: the region of patches that each patch really interacts with.
+
+They are read from interactions (`wf_vit.indicators`), not from gradients with
+respect to pixels, so they are not effective receptive fields. All definitions are
+ours. Every function is traceable, computes in float32 and takes any leading layer,
+batch and head axes. Row i of an indicator, divided by its sum, is the distribution
+``R_i`` over the grid; a row without any impact counts as the patch itself alone.
+
+Options and shapes are always checked. Values are checked outside ``jax.jit`` only:
+inside, NaN spreads along its row and negative impact gives meaningless fields.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from wf_vit.errors import UsageError
+from wf_vit.grid import Grid, coordinates, displacements
+from wf_vit.shapes import Interactions
+
+# Accelerators multiply float32 in fewer bits unless told otherwise.
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+class Field(NamedTuple):
+    """The responsive field of every patch.
+
+    Attributes:
+      box: ``(left, top, right, bottom)``, distances from the patch's centre to the
+        edges of its field, in patches, non-negative: the extents WinfT learns.
+      area: smallest number of patches that hold ``mass`` of R_i, as a share of P.
+      displacement: centroid of R_i minus own position, ``(x, y)`` in patches.
+      covariance: of the position under R_i, ``[[xx, xy], [xy, yy]]`` in patches^2.
+      mask: ``mask[i, j]``, the smallest set that holds ``mass``, and patch i itself.
+    """
+
+    box: Float[Array, "*batch P 4"]
+    area: Float[Array, "*batch P"]
+    displacement: Float[Array, "*batch P 2"]
+    covariance: Float[Array, "*batch P 2 2"]
+    mask: Bool[Array, "*batch P P"]
+
+
+def responsive_field(
+    indicator: Interactions, grid: Grid, *, mass: float = 0.9
+) -> Field:
+    """Returns the responsive field of every patch.
+
+    The box spans the quantiles ``(1 - mass) / 2`` and ``(1 + mass) / 2`` of each
+    marginal of R_i, where a patch spreads its share evenly over its width of 1, so
+    that a lone outlier moves the box little. It is widened to the patch's centre
+    where it misses it.
+
+    Args:
+      indicator: non-negative impact of patch j on patch i, ``[..., P, P]``.
+      grid: ``(GH, GW)`` with ``GH * GW = P``.
+      mass: share of R_i that the field holds, between 0 and 1.
+
+    Returns:
+      The fields, with the leading axes of the indicator.
+
+    Raises:
+      UsageError: shapes that do not fit, ``mass`` out of range, or impact that is
+        negative or not finite.
+    """
+    _check_indicator(indicator)
+    if grid[0] * grid[1] != indicator.shape[-1]:
+        raise UsageError(
+            f"grid {tuple(grid)} has {grid[0] * grid[1]} patches, but the indicator of "
+            f"shape {indicator.shape} has {indicator.shape[-1]}: pass (rows, columns), "
+            "and drop the prefix tokens with num_prefix_tokens."
+        )
+    if not 0 < mass < 1:
+        raise UsageError(f"mass is {mass}, expected a share between 0 and 1.")
+    return _responsive_field(indicator, (int(grid[0]), int(grid[1])), mass)
+
+
+@partial(jax.jit, static_argnames="grid")
+def _responsive_field(indicator, grid, mass):
+    share = _row_distributions(indicator)
+    num_patches = share.shape[-1]
+    step = displacements(grid)
+    squares = step[..., :, None] * step[..., None, :]
+    displacement = _einsum("...ij,ijc->...ic", share, step)
+    around_patch = _einsum("...ij,ijcd->...icd", share, squares)
+    shift = displacement[..., :, None] * displacement[..., None, :]
+    mask, count = _smallest_set(share, mass)
+    return Field(
+        box=_quantile_box(share, grid, mass),
+        area=count / num_patches,
+        displacement=displacement,
+        covariance=around_patch - shift,
+        mask=mask | _identity(mask.shape),
+    )
+
+
+def _row_distributions(indicator):
+    indicator = indicator.astype(jnp.float32)
+    total = indicator.sum(-1, keepdims=True)
+    share = indicator / jnp.where(total == 0, 1.0, total)
+    return jnp.where(total == 0, _identity(share.shape), share)
+
+
+def _identity(shape):
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=bool), shape)
+
+
+def _quantile_box(share, grid, mass):
+    marginals = share.reshape(*share.shape[:-1], *grid)
+    own = coordinates(grid) + 0.5  # Centres, where 0 is the edge of the grid.
+    levels = ((1 - mass) / 2, (1 + mass) / 2)
+    columns, rows = marginals.sum(-2), marginals.sum(-1)
+    low, high = (
+        jnp.stack([_quantile(columns, level), _quantile(rows, level)], -1)
+        for level in levels
+    )
+    own = jnp.broadcast_to(own, low.shape)
+    return jnp.maximum(jnp.concatenate([own - low, high - own], -1), 0.0)
+
+
+def _quantile(marginal, level):
+    """Returns where a piecewise uniform distribution reaches a level.
+
+    Each cell counts by the share of its width that lies below that point.
+    """
+    below = marginal.cumsum(-1) - marginal
+    return jnp.clip((level - below) / jnp.maximum(marginal, 1e-12), 0.0, 1.0).sum(-1)
+
+
+def _smallest_set(share, mass):
+    """Returns the smallest set that holds ``mass``, and its size; ties by number."""
+    descending = -jnp.sort(-share, axis=-1)
+    # Rounding must not add a patch where the sum is meant to reach the mass.
+    missing = descending.cumsum(-1) < mass - 1e-6
+    count = jnp.minimum(missing.sum(-1) + 1, share.shape[-1])
+    least = jnp.take_along_axis(descending, count[..., None] - 1, -1)
+    above, ties = share > least, share == least
+    vacant = count - above.sum(-1)
+    return above | (ties & (ties.cumsum(-1) <= vacant[..., None])), count
+
+
+@jax.jit
+def discriminability(indicator: Interactions) -> Float[Array, "*batch P"]:
+    """Returns how much the impact of each patch depends on who is asking.
+
+    The standard deviation, over the queries i, of the impact ``indicator[i, j]``
+    that patch j has on them: low for a patch that matters equally to all.
+
+    Args:
+      indicator: impact of patch j on patch i, ``[..., P, P]``.
+
+    Returns:
+      ``[..., P]``, in units of the indicator.
+    """
+    return indicator.astype(jnp.float32).std(-2)
+
+
+class Statistics(NamedTuple):
+    """Mean and spread over images, as a pytree that merges with others.
+
+    Attributes:
+      count: number of images.
+      mean: over the images and the other reduced axes, in the structure of the
+        samples.
+      variance: population variance, likewise.
+    """
+
+    count: Int[Array, ""]
+    mean: PyTree[Float[Array, "..."]]
+    variance: PyTree[Float[Array, "..."]]
+
+
+@partial(jax.jit, static_argnames="axes")
+def statistics(
+    samples: PyTree[Array],
+    *,
+    axes: tuple[int, ...],
+    valid: Bool[Array, " B"] | None = None,
+) -> Statistics:
+    """Returns the statistics of one batch; `merge` them to stream over a data set.
+
+    Merging takes constant memory, whatever the size of the data set, and combines
+    the results of several processes alike. For fields ``[L, B, H, P, ...]``,
+    ``axes=(1, 3)`` gives one mean per layer and head, ``axes=(1,)`` one for each
+    patch of the grid too.
+
+    Args:
+      samples: arrays with common leading axes, for example a `Field`.
+      axes: those to reduce, counted from the front; the first is the batch axis.
+      valid: images that count; the others, which fill up a batch, may even be NaN.
+        With none, the result is neutral in `merge`.
+
+    Returns:
+      Count of images, mean and variance.
+
+    Raises:
+      UsageError: an axis that the samples do not have, or counted from the back.
+    """
+    leaves = jax.tree.leaves(samples)
+    rank = min(leaf.ndim for leaf in leaves)
+    if not axes or not all(0 <= axis < rank for axis in axes):
+        raise UsageError(
+            f"axes are {axes}, expected at least the batch axis, counted from the "
+            f"front, each below {rank}: the least number of axes of a sample."
+        )
+    batch_size = leaves[0].shape[axes[0]]
+    if valid is None:
+        valid = jnp.ones(batch_size, bool)
+    if valid.shape != (batch_size,):
+        raise UsageError(
+            f"valid has shape {valid.shape}, expected ({batch_size},) for samples of "
+            f"shape {leaves[0].shape} with the batch on axis {axes[0]}."
+        )
+    count = valid.sum()
+
+    def mean(leaf):
+        others = [axis for axis in range(leaf.ndim) if axis != axes[0]]
+        counted = jnp.where(jnp.expand_dims(valid, others), leaf, 0.0)
+        per_image = counted.mean(axes[1:], keepdims=True)
+        return per_image.sum(axes[0], keepdims=True) / jnp.maximum(count, 1)
+
+    samples = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), samples)
+    means = jax.tree.map(mean, samples)
+    variances = jax.tree.map(lambda x, m: mean(jnp.square(x - m)), samples, means)
+    means, variances = jax.tree.map(lambda x: x.squeeze(axes), (means, variances))
+    return Statistics(count, means, variances)
+
+
+@jax.jit
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """Returns the statistics of both sets of images together (Chan et al. 1983).
+
+    Args:
+      first: statistics of some images.
+      second: statistics of others, with the same axes reduced.
+
+    Returns:
+      What `statistics` would return for all these images, up to rounding.
+    """
+    count = first.count + second.count
+    share = second.count / jnp.maximum(count, 1)
+    means = jax.tree.map(lambda a, b: a + share * (b - a), first.mean, second.mean)
+    variances = jax.tree.map(
+        lambda a, b, u, v: (
+            u + share * (v - u) + share * (1 - share) * jnp.square(b - a)
+        ),
+        first.mean,
+        second.mean,
+        first.variance,
+        second.variance,
+    )
+    return Statistics(count, means, variances)
+
+
+@jax.jit
+def _worst(indicator):
+    return jnp.isfinite(indicator).all(), indicator.min()
+
+
+def _check_indicator(indicator):
+    shape = indicator.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise UsageError(
+            f"indicator has shape {shape}, expected [..., P, P]: pass what "
+            "wf_vit.indicators returns."
+        )
+    if isinstance(indicator, jax.core.Tracer):
+        return
+    # The indicator may be a constant of a function that is being traced.
+    with jax.ensure_compile_time_eval():
+        finite, minimum = _worst(indicator)
+        if finite and minimum >= 0:
+            return
+        found = f"as low as {minimum:.3g}" if finite else "NaN or infinite"
+    raise UsageError(
+        f"the indicator of shape {shape} is {found} somewhere, expected finite numbers "
+        "from 0 on: take the absolute value of a signed effect first."
+    )
