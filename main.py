@@ -4,51 +4,41 @@ Without --config it trains a window-free transformer on embedded digits. Any key
 the config can be overridden: ``--config.batch_size=256``.
 """
 
-import logging
 import sys
 from pathlib import Path
 
-import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
 from wf_vit.errors import UsageError
 
+_DEFAULT = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/digits.py", "The experiment, a file that defines get_config()."
+    "config", help_string="The experiment, a file that defines get_config()."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept. Default: runs/<name of the config file>."
 )
 
 _TASKS = ("train", "evaluate")
+# What config_flags raises for a key or a file that does not exist, or a wrong type.
+_FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
 
 
 def main(argv: list[str]) -> None:
     """Dispatches on ``config.task``."""
     if len(argv) > 1:
         raise UsageError(f"Unexpected arguments {argv[1:]}: settings are --flags.")
-    show_own_log()
     config = _CONFIG.value
     if config.task not in _TASKS:
         raise UsageError(f"config.task is {config.task!r}: choose one of {_TASKS}.")
     # Late, so that --help and a misspelt flag do not wait for them.
-    from wf_vit.train import loop, parallel
+    from wf_vit.train import loop, parallel, report
 
+    report.show_own_log()
     parallel.initialize(config.distributed)
     workdir = Path(_WORKDIR.value or default_workdir())
     getattr(loop, config.task)(config, workdir)
-
-
-def show_own_log() -> None:
-    """Shows what this program logs, and of its libraries only the errors."""
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("wf_vit")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def default_workdir() -> str:
@@ -61,10 +51,17 @@ def default_workdir() -> str:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a name that no config knows is a usage error."""
+    if not any(arg.startswith(("--config=", "--config:")) for arg in argv):
+        argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
+    sys.argv = argv  # Where config_flags looks for overrides.
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{error}\nThe config file lists every key.") from error
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.is_locked  # noqa: B018  Loads the file.
+    except _FLAG_ERRORS as error:
+        raise UsageError(
+            f"{error}\nSee --help for the flags, and the config file for every key."
+        ) from error
+    return rest
 
 
 if __name__ == "__main__":

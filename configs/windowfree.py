@@ -59,6 +59,6 @@ def recipe(model: str, mode: str) -> ml_collections.ConfigDict:
         set_duration(config, "total", steps=10)
         set_duration(config, "warmup", steps=2)
         set_duration(config, "log", steps=2)
-        set_duration(config, "eval", steps=5)
-        set_duration(config, "checkpoint", steps=5)
+        set_duration(config, "eval", steps=10)
+        set_duration(config, "checkpoint", steps=10)
     return config.lock()

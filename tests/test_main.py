@@ -13,9 +13,16 @@ from wf_vit.errors import UsageError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments):
+@pytest.fixture(autouse=True)
+def _in_a_clone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
     with flagsaver.flagsaver():
-        main.main(main.parse_flags(["main.py", *arguments])[:1])
+        yield
+
+
+def run(*arguments):
+    main.main(main.parse_flags(["main.py", *arguments])[:1])
 
 
 @pytest.mark.parametrize(
@@ -33,8 +40,7 @@ def run(*arguments):
         (["--workdir=/dev/null/run"], "--workdir"),
     ],
 )
-def test_usage_errors(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_usage_errors(arguments, message, tmp_path):
     workdir = [] if "--workdir" in arguments[0] else [f"--workdir={tmp_path}"]
     empty = []
     if "imagenet" in arguments[0]:
@@ -43,11 +49,11 @@ def test_usage_errors(arguments, message, tmp_path, monkeypatch):
         run(*arguments, *workdir, *empty)
 
 
-def test_default_workdir_is_named_after_the_config(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with flagsaver.flagsaver():
-        main.parse_flags(["main.py", "--config=configs/digits.py:vit"])
-        assert main.default_workdir() == "runs/digits_vit"
+def test_default_workdir_is_named_after_the_config():
+    main.parse_flags(["main.py"])
+    assert main.default_workdir() == "runs/digits"
+    main.parse_flags(["main.py", "--config=configs/digits.py:vit"])
+    assert main.default_workdir() == "runs/digits_vit"
 
 
 def test_status_and_message_of_a_failed_command():

@@ -1,9 +1,10 @@
-"""What a run leaves behind for a person: its config and its figures."""
+"""What a run shows a person: its log, its config and its figures."""
 
 import json
 import logging
 from pathlib import Path
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -19,6 +20,17 @@ from wf_vit.train.metrics import read_jsonl
 _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = 6
+
+
+def show_own_log() -> None:
+    """Shows what this program logs, and of its libraries only the errors."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("wf_vit")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
