@@ -20,13 +20,16 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from wf_vit.train import loop, parallel, schedule, steps
+from wf_vit.train import loop, parallel, report, schedule, steps
 from wf_vit.train.state import init_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns; medians are reported.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Steps of each kind in a turn.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+
+
+_DRAIN = 20
 
 
 class Trainer:
@@ -68,20 +71,22 @@ def measure(config, rounds: int, count: int) -> dict[str, list[float]]:
     trainer.run(lambda: batch, 3)  # Compiles.
     images = count * config.batch_size
     kinds = {
-        "step": lambda: trainer.run(lambda: batch, count),
-        "input": lambda: [next(batches) for _ in range(count)],
-        "loop": lambda: trainer.run(lambda: next(batches), count),
+        "step": (lambda: trainer.run(lambda: batch, count), 1),
+        # Longer than what has been prefetched while the others ran.
+        "input": (lambda: [next(batches) for _ in range(_DRAIN * count)], _DRAIN),
+        "loop": (lambda: trainer.run(lambda: next(batches), count), 1),
     }
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
-        for name, work in kinds.items():
-            speeds[name].append(images_per_second(work, images))
+        for name, (work, times) in kinds.items():
+            speeds[name].append(images_per_second(work, times * images))
     return speeds
 
 
 def main(argv: list[str]) -> None:
     """Measures one config."""
     del argv
+    report.show_own_log()
     config = _CONFIG.value
     speeds = measure(config, _ROUNDS.value, _STEPS.value)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
