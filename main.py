@@ -58,8 +58,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _CONFIG.value.is_locked  # noqa: B018  Loads the file.
     except _FLAG_ERRORS as error:
+        reason = error
+        while reason.args and isinstance(reason.args[0], Exception):
+            reason = reason.args[0]
+        text = reason.args[0] if isinstance(reason, KeyError) else reason
         raise UsageError(
-            f"{error}\nSee --help for the flags, and the config file for every key."
+            f"{text}\nSee --help for the flags, and the config file for every key."
         ) from error
     return rest
 

@@ -1,16 +1,16 @@
-"""How fast a config trains, and how much of that time is spent waiting for input.
+"""How fast models train, and how much of that time is spent waiting for input.
 
     python -m benchmarks.train_loop --config=configs/cifar10.py [--config.KEY=VALUE ...]
 
-Times, turn by turn in one process, the update step on a batch that is already there
-("step"), the input pipeline on its own ("input"), and both as the training loop runs
-them ("loop"). The input-bound share is 1 - loop / step in images per second. Prints a
-table and writes JSON to --output. Figures of one machine compare with one another, not
-with those of another machine.
+Times, turn by turn in one process, each model's update step on a batch that is already
+there ("step"), the input pipeline on its own ("input"), and both as the training loop
+runs them ("loop"). The input-bound share is 1 - loop / step in images per second.
+Prints medians and writes JSON to --output. Quote ratios: they are taken within turns.
 """
 
 import functools
 import json
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +24,13 @@ from wf_vit.train import loop, parallel, report, schedule, steps
 from wf_vit.train.state import init_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
+_MODELS = flags.DEFINE_list("models", "vit,windowfree", "Values of config.model.name.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns; medians are reported.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Steps of each kind in a turn.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 
 
+# Fetches for each step, when the input is timed: more than has been prefetched.
 _DRAIN = 20
 
 
@@ -63,55 +65,72 @@ def images_per_second(work: Callable[[], None], images: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-def measure(config, rounds: int, count: int) -> dict[str, list[float]]:
-    """Returns images per second of step, input and loop, for each round."""
-    trainer = Trainer(config)
+def measure(
+    config, models: list[str], rounds: int, count: int
+) -> dict[str, dict[str, list[float]]]:
+    """Returns images per second of step, input and loop, by model, for each round."""
     batches: Iterator[steps.Batch] = loop.train_batches(config, 0)
     batch = next(batches)
-    trainer.run(lambda: batch, 3)  # Compiles.
+    trainers = {}
+    for model in models:
+        config.model.name = model
+        trainers[model] = Trainer(config)
+        trainers[model].run(lambda: batch, 3)  # Compiles.
     images = count * config.batch_size
-    kinds = {
-        "step": (lambda: trainer.run(lambda: batch, count), 1),
-        # Longer than what has been prefetched while the others ran.
-        "input": (lambda: [next(batches) for _ in range(_DRAIN * count)], _DRAIN),
-        "loop": (lambda: trainer.run(lambda: next(batches), count), 1),
+
+    def turn(trainer: Trainer) -> dict[str, float]:
+        fetch = lambda: [next(batches) for _ in range(_DRAIN * count)]  # noqa: E731
+        return {
+            "step": images_per_second(
+                lambda: trainer.run(lambda: batch, count), images
+            ),
+            "input": images_per_second(fetch, _DRAIN * images),
+            "loop": images_per_second(
+                lambda: trainer.run(lambda: next(batches), count), images
+            ),
+        }
+
+    turns = [{m: turn(t) for m, t in trainers.items()} for _ in range(rounds)]
+    return {
+        model: {kind: [t[model][kind] for t in turns] for kind in turns[0][model]}
+        for model in models
     }
-    speeds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds):
-        for name, (work, times) in kinds.items():
-            speeds[name].append(images_per_second(work, times * images))
-    return speeds
 
 
 def main(argv: list[str]) -> None:
-    """Measures one config."""
+    """Measures the models of one config."""
     del argv
     report.show_own_log()
     config = _CONFIG.value
-    speeds = measure(config, _ROUNDS.value, _STEPS.value)
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    share = statistics.median(
-        1 - loop / step
-        for loop, step in zip(speeds["loop"], speeds["step"], strict=True)
-    )
-    print(f"{config.model.name} on {jax.devices()[0].device_kind}")
-    for name, values in speeds.items():
-        print(
-            f"  {name:6s} {medians[name]:9.1f} images/s"
-            f"  ({min(values):.1f} to {max(values):.1f})"
-        )
-    print(f"  input-bound share {100 * share:.1f} %")
+    speeds = measure(config, _MODELS.value, _ROUNDS.value, _STEPS.value)
+    first = speeds[_MODELS.value[0]]["step"]
+    results = {}
+    for model, kinds in speeds.items():
+        results[model] = {
+            "images_per_second": kinds,
+            "median": {kind: statistics.median(v) for kind, v in kinds.items()},
+            "input_bound_share": 1
+            - _median_of(operator.truediv, kinds["loop"], kinds["step"]),
+            f"step_time_over_{_MODELS.value[0]}": _median_of(
+                operator.truediv, first, kinds["step"]
+            ),
+        }
+        for name, value in results[model].items():
+            if name != "images_per_second":
+                print(model, name, json.dumps(value))
     if _OUTPUT.value:
         result = {
-            "model": config.model.to_dict(),
             "batch_size": config.batch_size,
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
-            "images_per_second": speeds,
-            "median": medians,
-            "input_bound_share": share,
+            "models": results,
         }
         Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _median_of(ratio: Callable, left: list[float], right: list[float]) -> float:
+    """Returns the median over turns of a ratio taken within each turn."""
+    return statistics.median(map(ratio, left, right))
 
 
 if __name__ == "__main__":

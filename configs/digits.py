@@ -22,7 +22,7 @@ def get_config(model: str = "windowfree") -> ml_collections.ConfigDict:
 
     config.batch_size = 128
     config.eval_batch_size = 120
-    set_duration(config, "total", epochs=40)
+    set_duration(config, "total", epochs=30)
     set_duration(config, "warmup", percent=10)
     config.optimizer.learning_rate = 2e-3
     config.label_smoothing = 0.1

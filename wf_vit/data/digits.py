@@ -78,6 +78,7 @@ def _prepare(data_dir: str | None) -> Digits:
     if builder.is_prepared():
         return builder
     config = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.disable_progress_bar()  # It takes a second.
     try:
         builder.download_and_prepare(download_config=config)
     except OSError:
