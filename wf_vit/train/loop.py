@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +107,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
         )
         with reporter:
             state, metrics = _run(
-                experiment, state, update, checkpoints, reporter, workdir
+                experiment,
+                parallel.to_host(state),
+                update,
+                checkpoints,
+                reporter,
+                workdir,
             )
     report.save_figures(experiment.config, workdir, experiment.model, state.eval_params)
     return metrics
@@ -135,8 +141,8 @@ def prepare_workdir(workdir: Path) -> None:
     """Creates the working directory; raises UsageError if it cannot be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise UsageError(
             f"The working directory {workdir} cannot be written ({error.strerror}): "

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 import numpy as np
+from jaxtyping import PyTree
 
 from wf_vit.errors import UsageError
 
@@ -55,6 +56,15 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Splits a batch over this process's devices, [b, ...] to [devices, -1, ...]."""
     devices = jax.local_device_count()
     return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Returns a tree of NumPy arrays, from where a mapped step spreads it.
+
+    With several processes, jax 0.10 deletes a donated array that lies on one device
+    before it has been spread.
+    """
+    return jax.device_get(tree)
 
 
 def map_update(step: Callable) -> Callable:
