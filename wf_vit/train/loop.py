@@ -103,6 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
             workdir,
             step=int(state.step),
             total=durations.total,
+            batch_size=config.batch_size,
             active=jax.process_index() == 0,
         )
         with reporter:

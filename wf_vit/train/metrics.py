@@ -31,13 +31,16 @@ class Reporter:
     is reported once.
     """
 
-    def __init__(self, workdir: Path, *, step: int, total: int, active: bool):
+    def __init__(
+        self, workdir: Path, *, step: int, total: int, batch_size: int, active: bool
+    ):
         """Starts reporting.
 
         Args:
           workdir: where ``metrics.jsonl`` and TensorBoard's events go.
           step: steps already done.
           total: steps of the whole run.
+          batch_size: images in a step, over all processes.
           active: whether this process reports.
         """
         self._active = active
@@ -54,7 +57,11 @@ class Reporter:
         )
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
-                initial=step, total=total, unit="step", dynamic_ncols=True
+                initial=step,
+                total=total,
+                unit=" images",
+                unit_scale=batch_size,
+                dynamic_ncols=True,
             )
 
     def __enter__(self) -> "Reporter":

@@ -25,12 +25,10 @@ _EXAMPLES = 6
 def show_own_log() -> None:
     """Shows what this program logs, and of its libraries only the errors."""
     absl.logging.set_verbosity(absl.logging.ERROR)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("wf_vit")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    absl.logging.use_absl_handler()
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    absl.logging.get_absl_handler().setFormatter(formatter)
+    logging.getLogger("wf_vit").setLevel(logging.INFO)
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
