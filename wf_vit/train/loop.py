@@ -280,7 +280,10 @@ def _profiler(config: ml_collections.ConfigDict, workdir: Path) -> Callable[[int
     if not config.profile:
         return lambda step: None
     return periodic_actions.Profile(
-        logdir=str(workdir), num_profile_steps=5, first_profile=10
+        logdir=str(workdir),
+        num_profile_steps=5,
+        profile_duration_ms=None,
+        first_profile=10,
     )
 
 
