@@ -23,6 +23,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         """Opens ``workdir/checkpoints``, creating it if need be."""
+        self._directory = (workdir / DIRECTORY).absolute()
         policies = checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
@@ -37,9 +38,9 @@ class Checkpoints:
             ),
             best_fn=lambda metrics: metrics[METRIC],
             best_mode="max",
-            cleanup_tmp_directories=True,
+            # It runs in the background; a new run has nothing to clean up.
+            cleanup_tmp_directories=self._directory.exists(),
         )
-        self._directory = (workdir / DIRECTORY).absolute()
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
