@@ -12,6 +12,7 @@ import pytest
 from wf_vit import indicators
 from wf_vit.errors import UsageError
 from wf_vit.grid import distances
+from wf_vit.indicators import checks
 
 METHODS = ("mean", "max", "std", "odds")
 
@@ -588,9 +589,9 @@ def test_relative_error_of_probes_is_the_error_seen():
 )
 def test_functions_are_traced_once_per_shape(function, arrays, monkeypatch):
     traced = []
-    count = indicators._count_tokens
+    count = checks.count_tokens
     monkeypatch.setattr(
-        indicators, "_count_tokens", lambda *a: traced.append(a) or count(*a)
+        checks, "count_tokens", lambda *a: traced.append(a) or count(*a)
     )
     # A shape of its own, which no other test has compiled.
     inputs = [Layer(tokens=26, seed=seed).arrays()[:arrays] for seed in range(3)]
