@@ -235,10 +235,15 @@ def test_patches_and_layers_are_cut_out_of_the_whole(params, images, impact):
     assert impact.shape == (2, 5, PATCHES, PATCHES)
     reverse = impact_of(MODEL, params, images, layers=(1, 0), **OPTIONS)
     np.testing.assert_allclose(reverse[::-1], impact, rtol=1e-4, atol=1e-5)
-    whole = impact_of(MODEL, params, images, prefix_tokens=True, **OPTIONS)
-    np.testing.assert_allclose(
-        whole[..., PREFIX:, PREFIX:], impact, rtol=1e-4, atol=1e-5
+    # Shrinking looks at all interactions, and there are more with the prefix tokens.
+    whole, patches = (
+        impact_of(MODEL, params, images, prefix_tokens=p, shrink=False, **OPTIONS)
+        for p in (True, False)
     )
+    np.testing.assert_allclose(
+        whole[..., PREFIX:, PREFIX:], patches, rtol=1e-4, atol=1e-5
+    )
+    assert not np.allclose(patches, impact, rtol=1e-2)
 
 
 def test_results_do_not_depend_on_the_batch_size(params, images, impact):

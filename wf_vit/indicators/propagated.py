@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.special import digamma, polygamma
 from jaxtyping import Array, Float, Int
 
 from wf_vit.errors import UsageError
 from wf_vit.indicators import checks
 from wf_vit.indicators.arithmetic import sqrt
-from wf_vit.indicators.knockout import knockout_effect
+from wf_vit.indicators.knockout import knockout_effect, knockout_impact
 from wf_vit.shapes import Attention, Values
 
 
@@ -19,9 +20,10 @@ class PropagatedKnockout(NamedTuple):
 
     Attributes:
       impact: estimated norm of the output's displacement, ``[..., P, P]``.
-      relative_error: standard error of ``impact`` relative to it, measured over the
-        probes and pooled over each matrix so that strong interactions dominate,
-        ``[...]``. It falls with the square root of the number of probes.
+      relative_error: standard error of the mean over probes, before any shrinking,
+        relative to ``impact``. Measured over the probes and pooled over each matrix so
+        that strong interactions dominate, ``[...]``. It falls with the square root of
+        the number of probes.
     """
 
     impact: Float[Array, "..."]
@@ -38,6 +40,7 @@ def propagated_knockout(
     num_probes: int,
     num_prefix_tokens: int,
     per_head: bool = False,
+    shrink: bool = True,
     block_size: int = 256,
 ) -> PropagatedKnockout:
     """Returns how far each cut moves the model's output y, to first order.
@@ -48,6 +51,15 @@ def propagated_knockout(
     1990), and one backward pass gives ``w . J_i`` at every layer and token. Probes
     are streamed: memory does not grow with their number. For a scalar y a single
     backward pass and `knockout_effect` are exact, and keep the sign.
+
+    A few probes make a noisy mean. With ``shrink`` (ours) it is drawn towards what
+    the impact would be if J_i stretched all directions alike, the exact norm of
+    ``delta_ij`` times the size of J_i, of which the probes say far more. Both are
+    taken as logarithms. How far is for each matrix to tell: by the variance of the
+    noise, which M alone decides, as a share of the variance of the difference between
+    the two (James and Stein 1961). Where J_i stretches unlike, or probes are many,
+    little changes. On a DINOv2 ViT-S/14, 16 probes rank cuts so as well as 26 do
+    without (results/faithfulness.md).
 
     Call this inside the ``jax.jit`` that also runs the model.
 
@@ -63,6 +75,7 @@ def propagated_knockout(
         relative error r takes about ``M * (relative_error / r) ** 2``.
       num_prefix_tokens: as in `knockout_impact`.
       per_head: cut one head at a time, ``[..., H, P, P]``, not all heads at once.
+      shrink: see above; False for the mean over probes, whose square is unbiased.
       block_size: as in `knockout_impact`.
 
     Returns:
@@ -77,28 +90,66 @@ def propagated_knockout(
             "a scalar output needs no probes, use knockout_effect."
         )
     patches = checks.count_tokens(attention, num_prefix_tokens) - num_prefix_tokens
+    options = {
+        "num_prefix_tokens": num_prefix_tokens,
+        "per_head": per_head,
+        "block_size": block_size,
+    }
 
     def add_probe(sums, probe):
+        gradient = cotangents(probe)
         effect = knockout_effect(
-            attention,
-            values,
-            output_kernel,
-            cotangents(probe),
-            residual_scale,
-            num_prefix_tokens=num_prefix_tokens,
-            per_head=per_head,
-            block_size=block_size,
+            attention, values, output_kernel, gradient, residual_scale, **options
         )
-        squares, fourths = sums
         square = jnp.square(effect)
-        return (squares + square, fourths + jnp.square(square).sum((-1, -2))), None
+        terms = (
+            square,
+            jnp.square(square).sum((-1, -2)),
+            jnp.square(gradient.astype(jnp.float32)).mean(-1)[..., num_prefix_tokens:],
+        )
+        return [a + b for a, b in zip(sums, terms, strict=True)], None
 
-    batch = attention.shape[:-2] if per_head else attention.shape[:-3]
-    zeros = (jnp.zeros((*batch, patches, patches)), jnp.zeros(batch))
-    (squares, fourths), _ = lax.scan(add_probe, zeros, jnp.arange(num_probes))
-    mean_square = squares / num_probes
-    pooled = jnp.square(mean_square).sum((-1, -2))
-    variance = (fourths / num_probes - pooled) / (num_probes - 1)
+    images = attention.shape[:-3]
+    batch = attention.shape[:-2] if per_head else images
+    zeros = [
+        jnp.zeros(shape)
+        for shape in ((*batch, patches, patches), batch, (*images, patches))
+    ]
+    sums, _ = lax.scan(add_probe, zeros, jnp.arange(num_probes))
+    square, fourth, stretch = (total / num_probes for total in sums)
+    pooled = jnp.square(square).sum((-1, -2))
+    variance = (fourth - pooled) / (num_probes - 1)
     # Relative to it, the error of a square root is half that of the square.
     error = 0.5 * sqrt(variance / jnp.where(pooled > 0, pooled, 1.0))
-    return PropagatedKnockout(sqrt(mean_square), error)
+    if shrink:
+        local = knockout_impact(
+            attention, values, output_kernel, residual_scale, **options
+        )
+        stretch = (stretch[..., None, :] if per_head else stretch)[..., None]
+        square = _shrink(square, stretch * jnp.square(local), num_probes)
+    return PropagatedKnockout(sqrt(square), error)
+
+
+def _shrink(
+    mean: Float[Array, "*batch P P"],
+    guess: Float[Array, "*batch P P"],
+    num_probes: int,
+) -> Float[Array, "*batch P P"]:
+    """Draws means of M squares towards a guess known up to a factor, in logarithms.
+
+    The noise of the mean of M squared normal variables is a factor, a chi-square
+    variable over M, whose logarithm has the moments below.
+    """
+    known = (mean > 0) & (guess > 0)
+    count = jnp.maximum(known.sum((-1, -2), keepdims=True), 1)
+    ratio = jnp.log(jnp.where(known, mean, 1.0) / jnp.where(known, guess, 1.0))
+    centre = ratio.sum((-1, -2), keepdims=True) / count
+    apart = jnp.where(known, ratio - centre, 0.0)
+    variance = jnp.square(apart).sum((-1, -2), keepdims=True) / count
+    half = num_probes / 2
+    noise = polygamma(1, half)
+    weight = jnp.minimum(1.0, noise / jnp.where(variance > 0, variance, noise))
+    # The guess was fitted to logarithms, which noise lowers in the mean.
+    lowered = jnp.log(half) - digamma(half)
+    shrunk = mean * jnp.exp(weight * (lowered - apart))
+    return jnp.where(known, shrunk, mean)

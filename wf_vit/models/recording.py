@@ -127,6 +127,7 @@ def propagate(
     num_probes: int = 16,
     layers: Sequence[int] | None = None,
     per_head: bool = False,
+    shrink: bool = True,
     prefix_tokens: bool = False,
     batch_size: int = 8,
 ) -> Iterator[indicators.PropagatedKnockout]:
@@ -146,6 +147,7 @@ def propagate(
       num_probes: M.
       layers: see ``record``.
       per_head: cut one head at a time.
+      shrink: see ``indicators.propagated_knockout``.
       prefix_tokens: whether to keep the interactions with the prefix tokens.
       batch_size: images at once. One takes about 8 times ``bytes_per_image`` while it
         is computed (0.2 GB for all layers of a ViT-S/14 at 224 pixels), whatever the
@@ -177,6 +179,7 @@ def propagate(
             target=target,
             num_probes=num_probes,
             per_head=per_head,
+            shrink=shrink,
             prefix_tokens=prefix_tokens,
         )
         yield indicators.PropagatedKnockout(impact[:, :count], error[:, :count])
@@ -344,6 +347,7 @@ def _linearize(
         "target",
         "num_probes",
         "per_head",
+        "shrink",
         "prefix_tokens",
     ),
 )
@@ -358,6 +362,7 @@ def _propagate(
     target: str,
     num_probes: int,
     per_head: bool,
+    shrink: bool,
     prefix_tokens: bool,
 ) -> indicators.PropagatedKnockout:
     output, gradients, recording = _linearize(
@@ -382,6 +387,7 @@ def _propagate(
         num_probes=num_probes,
         num_prefix_tokens=0 if prefix_tokens else model.num_prefix_tokens,
         per_head=per_head,
+        shrink=shrink,
     )
 
 
