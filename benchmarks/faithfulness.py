@@ -16,42 +16,26 @@ Takes twelve minutes on two cores.
 """
 
 import functools
-import json
-import os
-import sys
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import skimage.data
 from absl import app, flags
 
+from benchmarks import photographs
 from benchmarks.indicators import take_turns
 from wf_vit import indicators, verify
 from wf_vit.models import pretrained, recording
 
-_WEIGHTS = flags.DEFINE_string(
-    "weights", "../shared/weights/dinov2_s14.safetensors", "Any checkpoint with CLS."
-)
 _LAYERS = flags.DEFINE_list("layers", ["0", "3", "6", "9", "11"], "Layers to cut in.")
 _INTERACTIONS = flags.DEFINE_integer("interactions", 80, "Cuts per layer and photo.")
-_PHOTOGRAPHS = flags.DEFINE_integer("photographs", 5, "How many of the five.")
 _PROBES = flags.DEFINE_integer("probes", 16, "M of the propagated indicator.")
 _PROBE_SEEDS = flags.DEFINE_integer("probe_seeds", 3, "Repeats with other probes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of interactions, probes and baselines.")
 _TURNS = flags.DEFINE_integer("turns", 7, "Turns of the timing.")
-_OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
 
-IMAGE_SIZE = 224
-PHOTOGRAPHS = {
-    "astronaut": skimage.data.astronaut,
-    "chelsea": skimage.data.chelsea,
-    "coffee": skimage.data.coffee,
-    "rocket": skimage.data.rocket,
-    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
-}
 ATTENTION_ONLY = ("mean", "max", "std", "odds")
 PROPAGATED = ("tokens", "cls")
 
@@ -105,11 +89,17 @@ class Network:
 
         return predict
 
-    def propagate(self, image, target: str, key) -> jax.Array:
+    def propagate(self, image, target: str, key, *, shrink: bool = True) -> jax.Array:
         """Returns the propagated indicator of one image, ``[L, P, P]``."""
-        options = {"num_probes": _PROBES.value, "batch_size": 1}
         (result,) = recording.propagate(
-            self.model, self.params, image, target=target, key=key, **options
+            self.model,
+            self.params,
+            image,
+            target=target,
+            key=key,
+            num_probes=_PROBES.value,
+            shrink=shrink,
+            batch_size=1,
         )
         return result.impact[:, 0]
 
@@ -129,9 +119,12 @@ class Network:
             **prefix,
         )
         seeds = jax.random.split(key, _PROBE_SEEDS.value)
-        for target in PROPAGATED:
-            repeats = [self.propagate(image, target, seed) for seed in seeds]
-            impacts[f"propagated {target}"] = jnp.stack(repeats)[:, np.array(layers)]
+        for target, shrink in itertools.product(PROPAGATED, (True, False)):
+            name = f"propagated {target}" + ("" if shrink else ", not shrunk")
+            repeats = [
+                self.propagate(image, target, seed, shrink=shrink) for seed in seeds
+            ]
+            impacts[name] = jnp.stack(repeats)[:, np.array(layers)]
         impacts["distance"] = indicator(method="distance")
         impacts["random"] = jnp.stack(
             [indicator(method="random", key=seed) for seed in seeds]
@@ -147,8 +140,8 @@ def measure(network: Network, images, layers: tuple[int, ...]) -> dict:
         cuts, probes = jax.random.split(jax.random.fold_in(key, place))
         results.append(
             verify.faithfulness(
-                network.predict(image[None], layers),
-                network.impacts(image[None], layers, probes),
+                network.predict(image, layers),
+                network.impacts(image, layers, probes),
                 layers,
                 key=cuts,
                 num_prefix_tokens=network.model.num_prefix_tokens,
@@ -217,10 +210,10 @@ def measure_cost(network: Network, image, turns: int) -> dict:
 
 def tables(results: dict) -> str:
     """Returns the results as Markdown, one table for each target."""
-    command, photographs = results["command"], ", ".join(results["photographs"])
+    names = ", ".join(results["photographs"])
     parts = [
-        f"Spearman's rank correlation with real cuts (`{command}`): mean over layers "
-        f"and photographs ± standard error over photographs ({photographs}), "
+        f"Spearman's rank correlation with real cuts (`{results['command']}`): mean "
+        f"over layers and photographs ± standard error over photographs ({names}), "
         f"{results['interactions']} cuts for each layer and photograph; then the mean "
         "over photographs by layer.\n"
     ]
@@ -249,34 +242,19 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes."""
     del argv
     layers = tuple(sorted(int(layer) for layer in _LAYERS.value))
-    names = list(PHOTOGRAPHS)[: _PHOTOGRAPHS.value]
-    loaded = pretrained.load(_WEIGHTS.value, image_size=IMAGE_SIZE)
-    images = loaded.preprocess([PHOTOGRAPHS[name]() for name in names])
+    loaded, images = photographs.load()
     network = Network(loaded)
     results = {
-        "command": " ".join(["python -m benchmarks.faithfulness", *sys.argv[1:]]),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        },
-        "weights": Path(_WEIGHTS.value).name,
-        "image_size": IMAGE_SIZE,
-        "photographs": names,
+        **photographs.setting("faithfulness", images),
         "layers": layers,
         "interactions": _INTERACTIONS.value,
         "seed": _SEED.value,
         "probes": _PROBES.value,
         "probe_seeds": _PROBE_SEEDS.value,
-        "correlation": measure(network, images, layers),
-        "cost": measure_cost(network, images[:1], _TURNS.value),
+        "correlation": measure(network, list(images.values()), layers),
+        "cost": measure_cost(network, next(iter(images.values())), _TURNS.value),
     }
-    print(tables(results))
-    if _OUTPUT.value:
-        output = Path(_OUTPUT.value)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        output.with_suffix(".md").write_text(tables(results))
+    photographs.report(results, tables)
 
 
 if __name__ == "__main__":

@@ -10,55 +10,42 @@ those of the full network. The rules score an interaction by
 
     a               its attention
     p               its propagated impact on all final tokens, M probes
-    a^x p^(1-x)     mixtures of both
+    c               its impact within the layer, the closed form
+    a^x p^(1-x)     mixtures
     a norm(v)       attention times the norm of what the value writes to the residual
     random, nearest
 
 and keep the best by one threshold, with a floor (the part of the budget that is dealt
 out evenly to the queries), or the top k per query.
 
-Prints the table and writes OUTPUT.json and OUTPUT.md, after every photograph. Takes
-about a minute a photograph on two cores.
+Prints the table and writes OUTPUT.json and OUTPUT.md. Takes about a minute a photograph
+on two cores.
 """
 
-import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import skimage.data
 from absl import app, flags
 
-from wf_vit import grid, interventions
+from benchmarks import photographs
+from wf_vit import grid, indicators, interventions
 from wf_vit.models import pretrained, recording
 
-_WEIGHTS = flags.DEFINE_string(
-    "weights", "../shared/weights/dinov2_s14.safetensors", "Any checkpoint with CLS."
-)
-_PHOTOGRAPHS = flags.DEFINE_integer("photographs", 3, "How many of the five.")
 _PROBES = flags.DEFINE_integer("probes", 16, "M of the propagated indicator.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the probes and of the random rule.")
-_OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
 
-IMAGE_SIZE = 224
-PHOTOGRAPHS = {
-    "astronaut": skimage.data.astronaut,
-    "coffee": skimage.data.coffee,
-    "chelsea": skimage.data.chelsea,
-    "rocket": skimage.data.rocket,
-    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
-}
 SHARES = (0.5, 0.25, 0.1, 0.05)
 FLOORS = {0.0: "one threshold", 0.25: "floor 0.25", 1.0: "top k"}
 RULES = {
     "a": (0.0, 1.0),
     "p": (0.0, 0.25),
+    "c": (0.0,),
     "a^.25 p^.75": (0.0, 0.25),
     "a^.5 p^.5": (0.0, 0.25),
+    "a^.75 p^.25": (0.0,),
+    "a^.5 c^.5": (0.0,),
     "a norm(v)": (1.0,),
     "random": (0.0,),
     "nearest": (1.0,),
@@ -114,8 +101,17 @@ def masks(network: Network, image, key) -> Iterator[tuple[str, float, jax.Array]
     written = jnp.einsum("lnhk,lhkd->lhnd", values, network.kernel)
     norm = jnp.linalg.norm(written, axis=-1)[:, :, None, network.prefix :]
     scores = {"a": a, "p": p, "a norm(v)": a * norm}
+    scores["c"] = indicators.knockout_impact(
+        attention,
+        values,
+        network.kernel,
+        num_prefix_tokens=network.prefix,
+        per_head=True,
+    )
     scores["a^.25 p^.75"] = a**0.25 * p**0.75
     scores["a^.5 p^.5"] = jnp.sqrt(a * p)
+    scores["a^.75 p^.25"] = a**0.75 * p**0.25
+    scores["a^.5 c^.5"] = jnp.sqrt(a * scores["c"])
     scores["random"] = jax.random.uniform(noise, p.shape)
     scores["nearest"] = jnp.broadcast_to(-grid.distances(network.model.grid), p.shape)
     for name, floors in RULES.items():
@@ -192,33 +188,20 @@ def table(results: dict) -> str:
 def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes."""
     del argv
-    loaded = pretrained.load(_WEIGHTS.value, image_size=IMAGE_SIZE)
+    loaded, images = photographs.load()
     network = Network(loaded)
-    by_photograph = {}
-    for place, name in enumerate(list(PHOTOGRAPHS)[: _PHOTOGRAPHS.value]):
-        image = loaded.preprocess([PHOTOGRAPHS[name]()])
+    by_photograph = []
+    for place, image in enumerate(images.values()):
         key = jax.random.fold_in(jax.random.key(_SEED.value), place)
-        by_photograph[name] = measure(network, image, key)
-        results = {
-            "command": " ".join(["python -m benchmarks.sparsity", *sys.argv[1:]]),
-            "machine": {
-                "cpus": os.cpu_count(),
-                "device": jax.devices()[0].device_kind,
-                "jax": jax.__version__,
-            },
-            "weights": Path(_WEIGHTS.value).name,
-            "image_size": IMAGE_SIZE,
-            "photographs": list(by_photograph),
-            "seed": _SEED.value,
-            "probes": _PROBES.value,
-            "cosines": summarize(list(by_photograph.values())),
-        }
-        print(table(results), flush=True)
-        if _OUTPUT.value:
-            output = Path(_OUTPUT.value)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-            output.with_suffix(".md").write_text(table(results))
+        by_photograph.append(measure(network, image, key))
+        print(f"{place + 1} of {len(images)} photographs", flush=True)
+    results = {
+        **photographs.setting("sparsity", images),
+        "seed": _SEED.value,
+        "probes": _PROBES.value,
+        "cosines": summarize(by_photograph),
+    }
+    photographs.report(results, table)
 
 
 if __name__ == "__main__":
