@@ -46,7 +46,7 @@ class Trainer:
                 steps.train_step,
                 model=experiment.model,
                 optimizer=optimizer,
-                recipe=loop.make_recipe(config),
+                recipe=steps.make_recipe(config),
                 axis=parallel.AXIS,
             )
         )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from wf_vit import grid as geometry
+from wf_vit.errors import UsageError
 from wf_vit.models.membership import (
     DROPPED,
     FieldConfig,
@@ -80,6 +81,82 @@ def test_prediction_starts_at_the_radii_of_the_heads():
     assert fields.extents.shape == (2, 6, 15, 4)
     for head, radius in enumerate([1.0, 4.0, 1e3] * 2):
         np.testing.assert_allclose(fields.extents[:, head], radius, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("source", ["normed", "stream", "queries"])
+def test_prediction_reads_its_source_only(source, per_head):
+    if source == "queries" and not per_head:
+        pytest.skip("queries differ by head")
+    config = FieldConfig(radii=(1.0,), source=source, per_head=per_head)
+    module = PredictedFields(num_heads=2, grid=GRID, config=config)
+    shapes = {"normed": (2, 16, 8), "stream": (2, 16, 8), "queries": (2, 16, 2, 4)}
+    values = {
+        name: jax.random.normal(jax.random.key(i), shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+    def extents(changed=None):
+        given = {k: v + (k == changed) for k, v in values.items()}
+        x, stream, query = given.values()
+        variables = module.init(jax.random.key(1), x, query=query, stream=stream)
+        assert variables["params"]["extents"]["bias"].shape == (1 + per_head, 4)
+        # The kernel starts at zero, so that fields start as configured.
+        variables = jax.tree.map(
+            lambda p: p + 0.1 * jnp.arange(p.size).reshape(p.shape), variables
+        )
+        return module.apply(variables, x, query=query, stream=stream).extents
+
+    base = extents()
+    assert np.all(base[:, 0] == base[:, 1]) == (not per_head)
+    for name in values:
+        assert np.any(extents(changed=name) != base) == (name == source), name
+
+
+def test_queries_predict_the_fields_of_their_own_head():
+    config = FieldConfig(source="queries")
+    module = PredictedFields(num_heads=2, grid=GRID, config=config)
+    x = jnp.zeros((1, 15, 8))
+    query = jax.random.normal(jax.random.key(0), (1, 15, 2, 4))
+    variables = module.init(jax.random.key(1), x, query=query)
+    variables = jax.tree.map(jnp.ones_like, variables)
+    extents = module.apply(variables, x, query=query).extents
+    expected = jax.nn.softplus(1 + query.sum(-1))
+    for side in range(4):
+        np.testing.assert_allclose(
+            extents[0, ..., side], jnp.moveaxis(expected, 2, 1)[0], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("softness", [0.5, 2.0])
+def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
+    config = FieldConfig(radii=(0.0,), softness=softness)
+    module = PredictedFields(num_heads=1, grid=(3, 28), config=config)
+    x = jax.random.normal(jax.random.key(0), (1, 84, 4))
+    variables = module.init(jax.random.key(1), x)
+
+    def lowest(variables):
+        return module.apply(variables, x).log_membership().min()
+
+    value, gradient = jax.value_and_grad(lowest)(variables)
+    assert -2e-5 < value < -5e-6
+    assert np.abs(gradient["params"]["extents"]["bias"]).max() > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"radii": ()}, "one number for each head"),
+        ({"radii": (-1.0,)}, "0 covers the grid"),
+        ({"softness": 0.0}, "a softness above 0"),
+        ({"threshold": 1.0}, "below 1"),
+        ({"source": "values"}, "choose one of normed, stream, queries"),
+        ({"source": "queries", "per_head": False}, "differs by head"),
+    ],
+)
+def test_impossible_fields_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        FieldConfig(**options)
 
 
 def test_inverse_softplus():

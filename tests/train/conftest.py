@@ -20,6 +20,9 @@ def digits_config():
     config.label_smoothing = 0.1
     config.ema_decay = 0.9
     config.optimizer.learning_rate = 1e-2
+    config.guidance.weight = 0.5
+    config.guidance.indicator = "random"
+    recipe.set_duration(config, "guidance", steps=3)
     recipe.set_duration(config, "total", steps=4)
     recipe.set_duration(config, "warmup", steps=1)
     recipe.set_duration(config, "log", steps=1)

@@ -70,6 +70,8 @@ def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_
     assert [row["step"] for row in rows if "test/top1" in row] == [2, 4]
     assert rows[-1]["test/top1"] == metrics["test/top1"]
     assert rows[0]["train/images_per_second"] > 0
+    guided = [row["train/guidance_loss"] for row in rows if "train/loss" in row]
+    assert guided[0] > guided[1] > guided[2] > guided[3] == 0
     assert rows[0]["train/learning_rate"] == 0
     assert rows[1]["train/learning_rate"] == pytest.approx(1e-2)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -89,7 +91,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_
 
 
 def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path):
-    """Started from a run of ViT, very wide fields give what ViT gave."""
+    """Started from a run of ViT, fields that cover the grid give what ViT gave."""
     digits_config.model.name = "vit"
     vit = loop.build(digits_config)
     kernel = vit.params["head"]["kernel"]
@@ -102,7 +104,7 @@ def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path
 
     digits_config.init_from = str(tmp_path)
     digits_config.model.name = "windowfree"
-    digits_config.model.fields.radii = (1e3,)
+    digits_config.model.fields.radii = (0.0,)
     winft = loop.build(digits_config)
     assert isinstance(winft.model, WindowFreeViT)
     image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
@@ -72,6 +73,70 @@ def test_only_kernels_decay():
     assert not mask["prefix"]
     assert not mask["position_table"]
     assert not mask["blocks_0"]["attention_scale"]
+
+
+def rates_of(model):
+    """The exponent of the layer decay of every parameter, by name."""
+    params = state.init_params(model, seed=0)
+    return {
+        "/".join(names): round(
+            np.log(schedule.relative_rate(names, depth=model.depth, decay=0.5))
+            / np.log(0.5)
+        )
+        for names in traverse_util.flatten_dict(params)
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": "cls", "cls_token": True, "positions": "learned", "layer_scale": 0.1},
+        {"pool": "map", "num_registers": 2},
+    ],
+)
+def test_rates_fall_with_depth_for_every_parameter(options):
+    config = registry.default_config("windowfree", "mu/16")
+    config.update(options)
+    config.depth = 3
+    model = registry.create_model(config, num_classes=3, image_size=32)
+    model = model.clone(representation_size=8, distillation_token=model.cls_token)
+    expected = {"patches": 4, "prefix": 4, "position_table": 4}
+    expected |= {"blocks_0": 3, "blocks_1": 2, "blocks_2": 1}
+    expected |= {"norm": 0, "attention_pool": 0, "representation": 0, "head": 0}
+    expected["head_distillation"] = 0
+    seen = rates_of(model)
+    for name, exponent in seen.items():
+        fresh = "/field/" in name
+        assert exponent == (0 if fresh else expected[name.split("/")[0]]), name
+    assert sum("/field/" in name for name in seen) == 2 * 3
+
+
+def test_layer_decay_scales_the_whole_update():
+    config = config_with(total_steps=100, warmup_steps=0)
+    config.model.name = "windowfree"
+    model = registry.create_model(config.model, num_classes=3, image_size=32)
+    params = state.init_params(model, seed=0)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates = {}
+    for decay in (1.0, 0.5):
+        config.optimizer.layer_decay = decay
+        optimizer = schedule.make_optimizer(config, schedule.durations(config, 1000))
+        start = jax.jit(optimizer.init)(params)
+        step, _ = jax.jit(optimizer.update)(gradients, start, params)
+        updates[decay] = traverse_util.flatten_dict(step)
+    for names, update in updates[1.0].items():
+        rate = schedule.relative_rate(names, depth=2, decay=0.5)
+        np.testing.assert_allclose(updates[0.5][names], rate * update, rtol=1e-6)
+    kernel = ("patches", "kernel")
+    np.testing.assert_allclose(updates[0.5][kernel], updates[1.0][kernel] / 8)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.1])
+def test_impossible_layer_decay_is_named(decay):
+    config = config_with(total_steps=100, warmup_steps=0)
+    config.optimizer.layer_decay = decay
+    with pytest.raises(UsageError, match="at most 1"):
+        schedule.make_optimizer(config, schedule.durations(config, 1000))
 
 
 def test_update_is_clipped_adamw():

@@ -11,7 +11,7 @@ import pytest
 
 from wf_vit.data import augment
 from wf_vit.models import registry
-from wf_vit.train import loop, parallel, schedule, state, steps
+from wf_vit.train import guidance, parallel, schedule, state, steps
 
 BATCH = 16
 
@@ -31,7 +31,7 @@ def experiment(digits_config):
         "model": model,
         "optimizer": optimizer,
         "params": params,
-        "recipe": loop.make_recipe(digits_config),
+        "recipe": steps.make_recipe(digits_config),
     }
 
 
@@ -43,8 +43,8 @@ def random_batch(seed=0):
     }
 
 
-def run(experiment, *, devices, count=2, **changes):
-    """Runs steps on ``devices`` devices; one is played by vmap over a single shard."""
+def run(experiment, *, devices, count=2, teacher=None, **changes):
+    """Runs steps on ``devices`` devices, or on one within a larger program."""
     step = partial(
         steps.train_step,
         model=experiment["model"],
@@ -53,13 +53,11 @@ def run(experiment, *, devices, count=2, **changes):
         axis=parallel.AXIS,
     )
     if devices == 1:
-        mapped = jax.jit(
-            jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
-        )
-        shard = lambda batch: jax.tree.map(lambda x: x[None], batch)  # noqa: E731
+        alone = jax.jit(parallel.on_one_device(step))
+        mapped, shard = lambda now, batch: alone(now, batch, teacher), dict
     else:
         assert devices == jax.local_device_count()
-        mapped, shard = parallel.map_update(step), parallel.shard
+        mapped, shard = parallel.map_update(step, teacher), parallel.shard
     params = jax.tree.map(jnp.copy, experiment["params"])
     now = state.init_state(params, experiment["optimizer"], ema=True)
     history = []
@@ -136,6 +134,46 @@ def test_randomness_depends_on_seed_and_step_only(experiment):
     _, other = run(experiment, devices=1, count=1, seed=1)
     _, same = run(experiment, devices=1, count=1)
     assert other[0]["loss"] != same[0]["loss"]
+
+
+@pytest.fixture
+def guided(experiment):
+    """The experiment's own model teaches it, seen at another size."""
+    config = experiment["config"].model
+    model = registry.create_model(config, num_classes=10, image_size=32)
+    teacher = guidance.Teacher(model, mean=(0.4,) * 3, std=(0.3,) * 3)
+    return {
+        "teacher": state.init_params(model, seed=3),
+        "guidance": guidance.Guidance(
+            weight=2.0,
+            area_weight=0.5,
+            duration=2,
+            indicator="mean",
+            num_probes=2,
+            teacher=teacher,
+        ),
+    }
+
+
+def test_guidance_acts_while_it_lasts_alike_on_any_devices(experiment, guided):
+    _, one = run(experiment, devices=1, count=3, **guided)
+    _, four = run(experiment, devices=4, count=3, **guided)
+    for a, b in zip(one, four, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert one[0]["guidance_loss"] > one[1]["guidance_loss"] > 0
+    assert one[2]["guidance_loss"] == one[2]["field_coverage"] == 0
+    _, plain = run(experiment, devices=1, count=1)
+    # The loss that is reported is that of the classes, whatever guides.
+    assert one[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+    assert one[0]["gradient_norm"] != pytest.approx(plain[0]["gradient_norm"], rel=1e-4)
+
+
+def test_without_a_teacher_the_area_acts_alone(experiment, guided):
+    alone = dataclasses.replace(guided["guidance"], teacher=None, weight=0.7)
+    _, history = run(experiment, devices=1, count=1, guidance=alone)
+    expected = 0.7 * 0.5 * history[0]["field_area"]
+    assert history[0]["guidance_loss"] == pytest.approx(expected, rel=1e-5)
+    assert history[0]["field_coverage"] == 0
 
 
 def test_evaluation_sums_real_examples_only(experiment):

@@ -10,11 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wf_vit.models.membership import LearnedFields
 
 Dtype = jnp.dtype | type
+
+# Under this name the parameters of a layer's fields are kept.
+FIELD = "field"
 
 # What a layer records: its name, and the array.
 Record = dict[str, Array]
@@ -54,8 +57,9 @@ class SelfAttention(nn.Module):
 
     Attributes:
       num_heads: H; it divides the width.
-      field: makes the module that predicts each patch's field (``models.membership``),
-        whose log membership is added to the logits; None for plain attention.
+      field: makes the module that predicts each patch's field (``models.membership``)
+        or a bias in its place (``models.controls``); its ``attention_bias`` is added
+        to the logits. None for plain attention.
       qkv_bias: whether queries, keys and values have a bias.
       dtype: of the computation; the softmax is in float32 regardless.
     """
@@ -71,6 +75,8 @@ class SelfAttention(nn.Module):
         x: Float[Array, "B N D"],
         bias: Float[Array, "#B #H N N"] | None = None,
         record: bool = False,
+        patches: Int[Array, "B P"] | None = None,
+        stream: Float[Array, "B N D"] | None = None,
     ) -> tuple[Float[Array, "B N D"], LearnedFields | None, Record]:
         """Lets the tokens attend to one another.
 
@@ -78,6 +84,10 @@ class SelfAttention(nn.Module):
           x: normalised tokens, prefix tokens first.
           bias: is added to the logits, for interventions.
           record: whether to return what the indicators need.
+          patches: which patches of the grid the tokens after the prefix are; None for
+            all of them. Only fields need to know.
+          stream: the residual stream, of which ``x`` is the norm; for fields that
+            read it.
 
         Returns:
           The layer's output; the fields, if the layer has them; and the record,
@@ -98,10 +108,12 @@ class SelfAttention(nn.Module):
         query, key, value = project("query"), project("key"), project("value")
         fields = None
         if self.field is not None:
-            fields = self.field(num_heads=self.num_heads, name="field")(x)
-            prefix = x.shape[1] - fields.log_rows.shape[-2]
-            field_bias = fields.attention_bias(num_prefix_tokens=prefix)
+            field = self.field(num_heads=self.num_heads, name=FIELD)
+            own = field(x, patches, query=query, stream=stream)
+            prefix = x.shape[1] - own.num_patches
+            field_bias = own.attention_bias(num_prefix_tokens=prefix)
             bias = field_bias if bias is None else bias + field_bias
+            fields = own if isinstance(own, LearnedFields) else None
         recorded = {}
         if record:
             output, weights = attend(query, key, value, bias)

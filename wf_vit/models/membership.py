@@ -21,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
+from wf_vit.errors import UsageError
 
 # Added to the logits of a key that a hard field drops: exp() of it is exactly 0.
 DROPPED = -1e9
+
+SOURCES = ("normed", "stream", "queries")
 
 
 @struct.dataclass
@@ -39,18 +42,28 @@ class LearnedFields:
       extents: reach to the left, top, right and bottom, in patches, [B, H, P, 4].
       log_rows: log membership of every grid row from each query, [B, H, P, GH].
       log_columns: log membership of every grid column, likewise [B, H, P, GW].
+      patches: which patches of the grid these are, and so are the keys, [B, P]; None
+        for all of them in their order.
       threshold: keys with a membership below it are dropped; 0 drops none.
     """
 
     extents: Any
     log_rows: Any
     log_columns: Any
+    patches: Any = None
     threshold: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def num_patches(self) -> int:
+        """How many patches have a field."""
+        return self.log_rows.shape[-2]
 
     def log_membership(self) -> Float[Array, "B H P P"]:
         """Returns log m of every query (row) and key (column)."""
         log_m = self.log_rows[..., :, None] + self.log_columns[..., None, :]
         log_m = log_m.reshape(*self.log_rows.shape[:-1], -1)
+        if self.patches is not None:
+            log_m = jnp.take_along_axis(log_m, self.patches[:, None, None], axis=-1)
         if self.threshold:
             own = jnp.eye(log_m.shape[-1], dtype=bool)
             kept = (log_m >= math.log(self.threshold)) | own[None, None]
@@ -75,6 +88,7 @@ def make_fields(
     grid: geometry.Grid,
     softness: float,
     threshold: float = 0.0,
+    patches: Int[Array, "B P"] | None = None,
 ) -> LearnedFields:
     """Turns extents into fields.
 
@@ -84,17 +98,20 @@ def make_fields(
       softness: width of the field's border, in patches.
       threshold: keys with a membership below it are dropped, but never the patch
         itself; 0 drops none.
+      patches: which patches of the grid the extents are of; None for all of them.
 
     Returns:
       The fields, in the dtype of ``extents``.
     """
-    position = geometry.coordinates(grid)
+    position = jnp.asarray(geometry.coordinates(grid))[None]
+    if patches is not None:
+        position = position[0, patches]
     left, top, right, bottom = (
         side[..., None] for side in jnp.moveaxis(extents, -1, 0)
     )
 
     def profile(keys, queries, before, after):
-        offset = (keys[None, :] - queries[:, None])[None, None]
+        offset = keys[None, None, None] - queries[:, None, :, None]
         inside = jax.nn.log_sigmoid
         return inside((offset + before) / softness) + inside(
             (after - offset) / softness
@@ -104,8 +121,9 @@ def make_fields(
     columns = np.arange(grid[1], dtype=np.float32)
     return LearnedFields(
         extents=extents,
-        log_rows=profile(rows, position[:, 1], top, bottom),
-        log_columns=profile(columns, position[:, 0], left, right),
+        log_rows=profile(rows, position[..., 1], top, bottom),
+        log_columns=profile(columns, position[..., 0], left, right),
+        patches=patches,
         threshold=threshold,
     )
 
@@ -120,23 +138,92 @@ class FieldConfig:
     """How the fields of a model start and how sharp they are.
 
     Attributes:
-      radii: initial extent of the heads, in patches; cycled over the heads.
+      radii: initial extent of the heads, in patches; cycled over the heads. 0 is just
+        wide enough to cover the grid from everywhere: the model starts as a ViT, and
+        the border is still near enough for a gradient.
       softness: width of a field's border, in patches.
       threshold: hard mode: keys with a membership below it are dropped; 0 is soft.
+        It has no parameters, so a model trained softly can be evaluated, or its run
+        finished, with any threshold.
+      per_head: whether each head has a field of its own, or all of a layer share one.
+      source: what a patch's field is predicted from: the "normed" features that the
+        queries are made of, the residual "stream" before the norm, or the "queries",
+        each head's own for its own field.
+
+    Raises:
+      UsageError: a value is out of range, or shared fields would read the queries.
     """
 
     radii: tuple[float, ...] = (1.5,)
     softness: float = 0.5
     threshold: float = 0.0
+    per_head: bool = True
+    source: str = "normed"
+
+    def __post_init__(self):
+        if not self.radii or min(self.radii) < 0:
+            raise UsageError(
+                f"fields.radii is {self.radii}: expected one number for each head, or "
+                "fewer to cycle over them, in patches; 0 covers the grid."
+            )
+        if self.softness <= 0 or not 0 <= self.threshold < 1:
+            raise UsageError(
+                f"fields.softness is {self.softness} and fields.threshold "
+                f"{self.threshold}: expected a softness above 0, and a threshold from "
+                "0 (none) to below 1."
+            )
+        if self.source not in SOURCES:
+            raise UsageError(
+                f"fields.source is {self.source!r}: choose one of {', '.join(SOURCES)}."
+            )
+        if self.source == "queries" and not self.per_head:
+            raise UsageError(
+                "fields.source='queries' differs by head: set fields.per_head=True, or "
+                "another source."
+            )
+
+    def radii_of(self, num_heads: int, grid: geometry.Grid) -> Float[np.ndarray, " H"]:
+        """Returns the initial radius of every head, in patches."""
+        radii = np.resize(np.asarray(self.radii, np.float64), num_heads)
+        # The farthest key of a corner then loses 2 exp(-12) of its logit, 1e-5.
+        return np.where(radii == 0, max(grid) - 1 + 12 * self.softness, radii)
+
+    def start(self, num_heads: int, grid: geometry.Grid) -> Float[np.ndarray, "H 4"]:
+        """Returns what the extents of new fields are the softplus of."""
+        radii = inverse_softplus(self.radii_of(num_heads, grid))
+        return np.repeat(radii[:, None], 4, axis=1)
+
+
+class HeadwiseDense(nn.Module):
+    """A linear layer for each head, of that head's features only.
+
+    Attributes:
+      features: ``(H, F)``, the number of heads and of outputs of each.
+      kernel_init: initializer of the kernel ``[H, K, F]``.
+      bias_init: initializer of the bias ``[H, F]``.
+    """
+
+    features: tuple[int, int]
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P H K"]) -> Float[Array, "B P H F"]:
+        """Maps the features of every head."""
+        heads, outputs = self.features
+        shape = (heads, x.shape[-1], outputs)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, self.features, jnp.float32)
+        return jnp.einsum("bphk,hkf->bphf", x, kernel) + bias[None, None]
 
 
 class PredictedFields(nn.Module):
-    """Predicts the fields of one layer from its (normalised) patch features.
+    """Predicts the fields of one layer from its patch features.
 
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: initial radii and softness.
+      config: how the fields start, how sharp they are and what they read.
     """
 
     num_heads: int
@@ -144,20 +231,40 @@ class PredictedFields(nn.Module):
     config: FieldConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"]) -> LearnedFields:
-        """Returns the fields of the patches among the tokens, in float32."""
-        patches = x[:, -self.grid[0] * self.grid[1] :].astype(jnp.float32)
-        radii = np.resize(np.asarray(self.config.radii), self.num_heads)
-        start = np.repeat(inverse_softplus(radii)[:, None], 4, axis=1)
-        raw = nn.DenseGeneral(
-            (self.num_heads, 4),
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        patches: Int[Array, "B P"] | None = None,
+        *,
+        query: Float[Array, "B N H K"] | None = None,
+        stream: Float[Array, "B N D"] | None = None,
+    ) -> LearnedFields:
+        """Returns the fields of the patches among the tokens, in float32.
+
+        Args:
+          x: normalised tokens, prefix tokens first.
+          patches: which patches of the grid there are; None for all of them.
+          query: the tokens' queries, for ``source="queries"``.
+          stream: the residual stream, for ``source="stream"``.
+        """
+        count = self.grid[0] * self.grid[1] if patches is None else patches.shape[1]
+        source = {"normed": x, "stream": stream, "queries": query}[self.config.source]
+        features = source[:, x.shape[1] - count :].astype(jnp.float32)
+        num_fields = self.num_heads if self.config.per_head else 1
+        start = self.config.start(num_fields, self.grid)
+        predict = HeadwiseDense if self.config.source == "queries" else nn.DenseGeneral
+        raw = predict(
+            (num_fields, 4),
             kernel_init=nn.initializers.zeros,
             bias_init=lambda key, shape, dtype: jnp.asarray(start, dtype),
             name="extents",
-        )(patches)
+        )(features)
+        extents = jnp.moveaxis(jax.nn.softplus(raw), 2, 1)
+        shape = (len(x), self.num_heads, count, 4)
         return make_fields(
-            jnp.moveaxis(jax.nn.softplus(raw), 2, 1),
+            jnp.broadcast_to(extents, shape),
             grid=self.grid,
             softness=self.config.softness,
             threshold=self.config.threshold,
+            patches=patches,
         )

@@ -11,11 +11,24 @@ import ml_collections
 from ml_collections import config_dict
 
 from wf_vit.errors import UsageError
+from wf_vit.models import controls
 from wf_vit.models.membership import FieldConfig
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
 
-MODELS = {"vit": ViT, "windowfree": WindowFreeViT}
+MODELS = {
+    "vit": ViT,
+    "windowfree": WindowFreeViT,
+    # What the window-free transformer is compared with, beside ViT.
+    "relative_bias": controls.RelativeBiasViT,
+    "gaussian": controls.GaussianViT,
+    "learned_gaussian": controls.LearnedGaussianViT,
+    "growing_window": controls.GrowingWindowViT,
+    "static_fields": controls.StaticFieldViT,
+}
+
+# Those whose fields are learned and can be guided.
+FIELD_MODELS = ("windowfree", "static_fields")
 
 # Sizes of arXiv 2010.11929 and 2106.10270; "mu" is for tests.
 VARIANTS = {
@@ -34,7 +47,7 @@ def default_config(name: str, variant: str) -> ml_collections.ConfigDict:
 
     ``width``, ``depth``, ``mlp_dim`` and ``num_heads`` are the variant's unless they
     are set. The keys of a model that are not architecture are documented in
-    ``ViT`` and in ``FieldConfig`` (``fields``, used by the window-free model).
+    ``ViT`` and in ``FieldConfig`` (``fields``, which models without fields ignore).
     """
     config = ml_collections.ConfigDict()
     config.name = name
@@ -132,7 +145,7 @@ def from_json(options: dict[str, Any]) -> ViT:
     options = dict(options)
     model_class = _lookup("model name", options.pop("name"), MODELS)
     fields = options.pop("fields", {})
-    if model_class is WindowFreeViT:
+    if "fields" in model_class.__dataclass_fields__:
         fields = fields | {"radii": tuple(fields["radii"])}
         options["fields"] = FieldConfig(**fields)
     options["dtype"] = _lookup("dtype", options["dtype"], DTYPES)

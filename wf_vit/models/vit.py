@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
@@ -89,6 +89,7 @@ class Block(nn.Module):
         bias: Float[Array, "#B #H N N"] | None,
         train: bool,
         record: bool,
+        patches: Int[Array, "B kept"] | None,
     ) -> tuple[Float[Array, "B N D"], LearnedFields | None, Record]:
         """Returns the tokens after the block, the layer's fields and its record."""
 
@@ -109,7 +110,7 @@ class Block(nn.Module):
 
         attended, fields, recorded = SelfAttention(
             **self.attention, dtype=self.dtype, name="attention"
-        )(norm("attention_norm")(x), bias, record)
+        )(norm("attention_norm")(x), bias, record, patches, stream=x)
         x = x + residual("attention_scale", attended)
         # The gradient here is what the propagated indicator is made of.
         x = self.perturb("after_attention", x)
@@ -336,6 +337,7 @@ class ViT(nn.Module):
         *,
         start: int = 0,
         stop: int | None = None,
+        patches: Int[Array, "B kept"] | None = None,
         bias: Sequence[Array | None] | Array | None = None,
         train: bool = False,
         record: bool | Collection[int] = False,
@@ -346,6 +348,9 @@ class ViT(nn.Module):
           tokens: the residual stream before block ``start``.
           start: first block.
           stop: one past the last block.
+          patches: which patches of the grid the tokens after the prefix are, where
+            others were gathered out (``interventions.gather_patches``); None for all
+            of them in their order. Fields act between their true positions.
           bias: for interventions, what is added to the attention logits of each of
             the model's L layers: an array or None per layer, each broadcastable to
             [B, H, N, N].
@@ -358,7 +363,8 @@ class ViT(nn.Module):
           ``fields``, from the layer's index to its fields, for layers that have them.
 
         Raises:
-          UsageError: a layer to record does not run, or ``bias`` has not L entries.
+          UsageError: a layer to record does not run, ``bias`` has not L entries, or
+            ``patches`` does not name one patch for each token after the prefix.
         """
         stop = self.depth if stop is None else stop
         layers = range(start, stop)
@@ -376,11 +382,18 @@ class ViT(nn.Module):
                 f"bias has {len(bias)} entries, but the model has {self.depth} "
                 "layers: pass one array or None for each layer."
             )
+        present = tokens.shape[1] - self.num_prefix_tokens
+        if patches is not None and patches.shape[1] != present:
+            raise UsageError(
+                f"patches names {patches.shape[1]} patches, but there are {present} "
+                f"tokens after the {self.num_prefix_tokens} of the prefix: pass the "
+                "patches that the tokens were gathered by."
+            )
         records, fields = {}, {}
         for layer in layers:
             layer_bias = None if bias is None else bias[layer]
             tokens, field, recorded = self.blocks[layer](
-                tokens, layer_bias, train, layer in wanted
+                tokens, layer_bias, train, layer in wanted, patches
             )
             if recorded:
                 records[layer] = recorded

@@ -1,4 +1,5 @@
 """Training: a pure step, the one pmap that spreads it, and the loop around them.
 
-``state``, ``steps``, ``schedule`` and ``parallel`` need no TensorFlow.
+``state``, ``steps``, ``schedule``, ``parallel``, ``guidance`` and ``teacher`` need no
+TensorFlow.
 """

@@ -3,21 +3,19 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from flax import traverse_util
 
 from wf_vit.data.pipeline import DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained, registry
+from wf_vit.models.attention import FIELD
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
 from wf_vit.train.state import init_params
 
 _LOG = logging.getLogger(__name__)
-
-# What a checkpoint may lack: the fields that turn a ViT into a window-free
-# transformer. (A head for other classes is the importer's to make.)
-_FRESH = "field"
 
 
 def model_and_params(
@@ -50,12 +48,15 @@ def model_and_params(
 def adopt(new: Params, loaded: Params, *, source: str) -> Params:
     """Returns ``loaded``, with the fields of ``new`` if it has none.
 
+    Fields are what a checkpoint may lack: they turn a ViT into a window-free
+    transformer. (A head for other classes is the importer's to make.)
+
     Raises:
       UsageError: other parameters differ; they are named.
     """
     ours = traverse_util.flatten_dict(new, sep="/")
     theirs = traverse_util.flatten_dict(loaded, sep="/")
-    fresh = [n for n in ours if n not in theirs and _FRESH in n.split("/")]
+    fresh = [n for n in ours if n not in theirs and FIELD in n.split("/")]
     wrong = [n for n in ours if n not in theirs and n not in fresh]
     wrong += [n for n in theirs if n not in ours]
     if wrong:
@@ -65,5 +66,5 @@ def adopt(new: Params, loaded: Params, *, source: str) -> Params:
         )
     if fresh:
         _LOG.info("Not in %s, so started afresh: %s", source, ", ".join(fresh))
-    taken = jax.tree.map(jax.numpy.asarray, theirs)
+    taken = jax.tree.map(jnp.asarray, theirs)
     return traverse_util.unflatten_dict({**ours, **taken}, sep="/")

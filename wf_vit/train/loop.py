@@ -23,7 +23,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
-from wf_vit.train import initial, parallel, report, schedule, steps
+from wf_vit.train import initial, parallel, report, schedule, steps, teacher
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.metrics import Reporter
 from wf_vit.train.state import TrainState, init_state
@@ -84,15 +84,19 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
     experiment = build(config)
     durations = experiment.durations
     optimizer = schedule.make_optimizer(config, durations)
+    guidance, teacher_params = teacher.guidance_and_teacher(
+        config, duration=durations.guidance
+    )
     state = init_state(experiment.params, optimizer, ema=config.ema_decay > 0)
     update = parallel.map_update(
         functools.partial(
             steps.train_step,
             model=experiment.model,
             optimizer=optimizer,
-            recipe=make_recipe(config),
+            recipe=steps.make_recipe(config, guidance),
             axis=parallel.AXIS,
-        )
+        ),
+        teacher_params,
     )
     with Checkpoints(workdir) as checkpoints:
         if checkpoints.last_step is not None:
@@ -181,17 +185,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         params=params,
         durations=durations,
         evaluate=parallel.map_reduce(step),
-    )
-
-
-def make_recipe(config: ml_collections.ConfigDict) -> steps.Recipe:
-    """Returns the part of a config that the update step needs."""
-    return steps.Recipe(
-        seed=config.seed,
-        augment=ml_collections.FrozenConfigDict(config.data.augment),
-        label_smoothing=config.label_smoothing,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema_decay,
     )
 
 

@@ -67,13 +67,43 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.device_get(tree)
 
 
-def map_update(step: Callable) -> Callable:
-    """Maps ``step(state, batch) -> (state, metrics)`` over all devices.
+def map_update(step: Callable, shared: PyTree = None) -> Callable:
+    """Maps ``step(state, batch, shared) -> (state, metrics)`` over all devices.
 
     The state's memory is reused. The step reduces over the axis ``AXIS``, so that
     every device ends with the same state and metrics.
+
+    Args:
+      step: the step.
+      shared: arrays that are the same at every step, a teacher's parameters say. They
+        are handed to the devices once.
+
+    Returns:
+      The function of a state and a sharded batch.
     """
-    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=(0,))
+    mapped = jax.pmap(
+        step, AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
+    )
+    mesh = jax.sharding.Mesh(jax.devices(), AXIS)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shared = jax.device_put(to_host(shared), everywhere)
+    return lambda state, batch: mapped(state, batch, shared)
+
+
+def on_one_device(step: Callable) -> Callable:
+    """Returns a mapped step for use within a larger program, on a single shard.
+
+    ``step(state, batch, ...)`` reduces over the axis ``AXIS``, which has one place
+    here; the rest of what it takes is passed on. The result is traceable: it can be
+    jitted, and mapped over other axes.
+    """
+
+    def alone(state: PyTree, batch: PyTree, *rest: PyTree) -> PyTree:
+        axes = (None, 0, *(None for _ in rest))
+        mapped = jax.vmap(step, in_axes=axes, out_axes=None, axis_name=AXIS)
+        return mapped(state, jax.tree.map(lambda x: x[None], batch), *rest)
+
+    return alone
 
 
 def map_reduce(step: Callable) -> Callable:

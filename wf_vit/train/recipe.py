@@ -42,12 +42,34 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
+    # The rate of block l of L is multiplied by layer_decay ** (L - l), that of the
+    # embedding by layer_decay ** (L + 1); the head and the fields have the full rate.
+    config.optimizer.layer_decay = 1.0
     # Micro-batches per step, to fit a batch into memory. Same gradient, less memory.
     config.accumulate_steps = 1
     config.label_smoothing = 0.0
     # Exponential moving average of the parameters, which is then what is evaluated
     # and exported; 0: none.
     config.ema_decay = 0.0
+
+    # An indicator teaches the fields where to look (wf_vit.train.guidance), for a
+    # while: the weight falls linearly to 0 over the duration. 0: no guidance.
+    config.guidance = ml_collections.ConfigDict()
+    config.guidance.weight = 0.0
+    set_duration(config, "guidance", percent=100)
+    # An interaction is worth covering if it has more than this times the even share
+    # of its row; so it should be 1 or more.
+    config.guidance.area_weight = 2.0
+    # Whatever wf_vit.models.pretrained.load opens. '': the area term acts alone,
+    # unless the indicator needs no teacher.
+    config.guidance.teacher = ""
+    # 'mean', 'max', 'std', 'odds', 'knockout' or 'propagated'; without a teacher, as
+    # controls, 'distance' or 'random'.
+    config.guidance.indicator = "mean"
+    config.guidance.num_probes = 4  # of the propagated indicator
+    # Side in pixels at which the teacher sees the images; unset: its own.
+    config.guidance.image_size = config_dict.placeholder(int)
+    config.guidance.dtype = "bfloat16"  # of the teacher
 
     set_duration(config, "log", steps=50)
     set_duration(config, "eval", epochs=5)

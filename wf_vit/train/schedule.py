@@ -1,6 +1,7 @@
 """Durations in steps, the learning rate over them, and the optimizer."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -8,8 +9,13 @@ import optax
 from jaxtyping import PyTree
 
 from wf_vit.errors import UsageError
+from wf_vit.models.attention import FIELD
 from wf_vit.shapes import Params
 from wf_vit.train.recipe import UNITS
+
+_BLOCK = "blocks_"
+# Top-level parameters of a model that come before its blocks.
+_EMBEDDING = ("patches", "prefix", "position_table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +24,7 @@ class Durations:
 
     total: int
     warmup: int
+    guidance: int
     log: int
     eval: int
     checkpoint: int
@@ -66,6 +73,7 @@ def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
     return Durations(
         total=total,
         warmup=warmup,
+        guidance=resolve("guidance", total),
         log=resolve("log", total),
         eval=resolve("eval", total),
         checkpoint=resolve("checkpoint", total),
@@ -86,8 +94,19 @@ def learning_rate(config: ml_collections.ConfigDict, steps: Durations):
 def make_optimizer(
     config: ml_collections.ConfigDict, steps: Durations
 ) -> optax.GradientTransformation:
-    """Returns AdamW (arXiv 1711.05101) behind a clipping of the global norm."""
+    """Returns AdamW (arXiv 1711.05101) behind a clipping of the global norm.
+
+    With ``layer_decay``, each parameter has its own rate (``relative_rate``).
+
+    Raises:
+      UsageError: the layer decay is out of range.
+    """
     options = config.optimizer
+    if not 0 < options.layer_decay <= 1:
+        raise UsageError(
+            f"config.optimizer.layer_decay is {options.layer_decay}: expected more "
+            "than 0 and at most 1, which gives all layers the same rate."
+        )
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=options.b1,
@@ -95,9 +114,49 @@ def make_optimizer(
         weight_decay=options.weight_decay,
         mask=decay_mask,
     )
+    parts = [adamw]
     if options.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)
-    return adamw
+        parts = [optax.clip_by_global_norm(options.clip_norm), adamw]
+    if options.layer_decay < 1:
+        parts.append(_scale_by_layer(options.layer_decay))
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Returns what multiplies every update by its ``relative_rate``."""
+
+    def scale(updates: Params, params: Params | None) -> Params:
+        del params
+        depth = sum(name.startswith(_BLOCK) for name in updates)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update: (
+                update
+                * relative_rate([key.key for key in path], depth=depth, decay=decay)
+            ),
+            updates,
+        )
+
+    return optax.stateless(scale)
+
+
+def relative_rate(path: Sequence[str], *, depth: int, decay: float) -> float:
+    """Returns a parameter's learning rate, as a share of that of the head.
+
+    As in BEiT (arXiv 2106.08254): ``decay ** (L - l)`` for block l, counted from 0,
+    ``decay ** (L + 1)`` for the embedding, and 1 for what follows the blocks. Fields
+    keep the full rate too, wherever they are: when a ViT becomes a window-free
+    transformer they are as new as the head.
+
+    Args:
+      path: the names that lead to the parameter.
+      depth: L.
+      decay: from one layer to the one below it.
+    """
+    if path[0] in _EMBEDDING:
+        return decay ** (depth + 1)
+    if path[0].startswith(_BLOCK) and FIELD not in path:
+        return decay ** (depth - int(path[0].removeprefix(_BLOCK)))
+    return 1.0
 
 
 def decay_mask(params: Params) -> PyTree[bool]:

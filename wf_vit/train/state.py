@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
+from jaxtyping import Array, Int
 
 from wf_vit.shapes import Params
 
@@ -35,7 +36,7 @@ class TrainState:
         return self.params if self.ema_params is None else self.ema_params
 
 
-def init_params(model: nn.Module, seed: int) -> Params:
+def init_params(model: nn.Module, seed: int | Int[Array, ""]) -> Params:
     """Returns fresh parameters; they depend on nothing but the model and the seed."""
     images = jnp.zeros((1, *model.image_size, 3))
     key = jax.random.key(seed)

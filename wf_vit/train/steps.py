@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wf_vit.data import augment
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
+from wf_vit.train import guidance as guiding
 from wf_vit.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -35,18 +36,35 @@ class Recipe:
       label_smoothing: mass spread evenly over the classes.
       accumulate_steps: micro-batches per step; they divide a device's batch.
       ema_decay: of the moving average of the parameters; 0 for none.
+      guidance: of the model's fields, or None.
     """
 
-    seed: int
+    seed: int | Int[Array, ""]
     augment: ml_collections.FrozenConfigDict
     label_smoothing: float = 0.0
     accumulate_steps: int = 1
     ema_decay: float = 0.0
+    guidance: guiding.Guidance | None = None
+
+
+def make_recipe(
+    config: ml_collections.ConfigDict, guidance: guiding.Guidance | None = None
+) -> Recipe:
+    """Returns the part of a config that the update step needs."""
+    return Recipe(
+        seed=config.seed,
+        augment=ml_collections.FrozenConfigDict(config.data.augment),
+        label_smoothing=config.label_smoothing,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        guidance=guidance,
+    )
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    teacher: Params | None = None,
     *,
     model: ViT,
     optimizer: optax.GradientTransformation,
@@ -58,6 +76,7 @@ def train_step(
     Args:
       state: before the update.
       batch: this device's ``image`` uint8 [b, height, width, 3] and ``label`` [b].
+      teacher: parameters of ``recipe.guidance.teacher``, if there is one.
       model: the model.
       optimizer: its optimizer.
       recipe: the rest of the recipe.
@@ -66,7 +85,8 @@ def train_step(
     Returns:
       The state after it, and metrics over the global batch: ``loss``, ``accuracy``
       (on the augmented images, against the largest label), ``gradient_norm`` before
-      clipping, ``update_norm``, and ``field_area`` for models with fields.
+      clipping, ``update_norm``, and ``field_area`` for models with fields; with
+      guidance also those of ``guidance.guide``.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     count = len(batch["label"])
@@ -74,7 +94,14 @@ def train_step(
     batch = {**batch, "key": keys}
 
     def gradient(micro: Batch) -> tuple[Params, Metrics]:
-        loss = partial(_loss, micro=micro, model=model, recipe=recipe)
+        loss = partial(
+            _loss,
+            micro=micro,
+            step=state.step,
+            teacher=teacher,
+            model=model,
+            recipe=recipe,
+        )
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         return gradients, metrics
 
@@ -96,9 +123,18 @@ def train_step(
 
 
 def _loss(
-    params: Params, *, micro: Batch, model: ViT, recipe: Recipe
+    params: Params,
+    *,
+    micro: Batch,
+    step: Int[Array, ""],
+    teacher: Params | None,
+    model: ViT,
+    recipe: Recipe,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Returns the mean cross-entropy of a micro-batch, and its metrics."""
+    """Returns the loss of a micro-batch, and its metrics.
+
+    The loss is the mean cross-entropy, which is the metric ``loss``, and guidance's.
+    """
     images, labels = augment.augment_batch(
         micro["key"],
         micro["image"],
@@ -118,7 +154,20 @@ def _loss(
     if out["fields"]:
         areas = [fields.area().mean() for fields in out["fields"].values()]
         metrics["field_area"] = jnp.stack(areas).mean()
-    return loss, metrics
+    if recipe.guidance is None:
+        return loss, metrics
+    extra, guidance_metrics = guiding.guide(
+        recipe.guidance,
+        out["fields"],
+        step,
+        teacher,
+        images,
+        jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro["key"], 3),
+        student=model,
+        mean=recipe.augment.mean,
+        std=recipe.augment.std,
+    )
+    return loss + extra, {**metrics, **guidance_metrics}
 
 
 def _accumulate(gradient, batch: Batch, steps: int) -> tuple[Params, Metrics]:

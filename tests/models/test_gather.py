@@ -1,0 +1,99 @@
+"""Models that run on some of the patches: what is gone neither acts nor is needed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wf_vit import interventions
+from wf_vit.errors import UsageError
+from wf_vit.models.membership import FieldConfig
+from wf_vit.models.vit import ViT
+from wf_vit.models.windowfree import WindowFreeViT
+
+BATCH, PATCHES, START = 2, 12, 1
+SIZE = {
+    "num_classes": 7,
+    "image_size": (12, 16),
+    "patch_size": (4, 4),
+    "width": 32,
+    "depth": 3,
+    "mlp_dim": 64,
+    "num_heads": 4,
+    "num_registers": 2,
+}
+MODELS = {
+    "vit": ViT(**SIZE),
+    "mean-pooled vit": ViT(**SIZE | {"pool": "mean"}),
+    "windowfree": WindowFreeViT(**SIZE),
+    "hard windowfree": WindowFreeViT(**SIZE, fields=FieldConfig(threshold=0.2)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def network(request):
+    """A model with random parameters, and the stream before layer ``START``."""
+    model = MODELS[request.param]
+    images = jax.random.normal(jax.random.key(9), (BATCH, 12, 16, 3))
+    params = model.init(jax.random.key(0), images)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Without the zeros that a fresh head and fresh fields start from.
+    params = tree.unflatten(
+        x + 0.2 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    )
+    apply = functools.partial(model.apply, {"params": params})
+    apply.model, apply.whole = model, apply(images)[0]
+    embedded = apply(images, method="embed")
+    apply.stream, _ = apply(embedded, stop=START, method="encode")
+    return apply
+
+
+def gather(network, patches):
+    return interventions.gather_patches(
+        network.stream, patches, num_prefix_tokens=network.model.num_prefix_tokens
+    )
+
+
+def some_patches(count):
+    keys = jax.random.split(jax.random.key(2), BATCH)
+    order = [jax.random.permutation(key, PATCHES)[:count] for key in keys]
+    return jnp.stack(order)
+
+
+def test_all_patches_in_any_order_are_the_plain_model(network):
+    patches = some_patches(PATCHES)
+    tokens, _ = network(
+        gather(network, patches), start=START, patches=patches, method="encode"
+    )
+    logits, _ = network(tokens, method="readout")
+    np.testing.assert_allclose(logits, network.whole, atol=1e-5)
+
+
+def test_survivors_are_as_if_the_others_were_masked(network):
+    prefix = network.model.num_prefix_tokens
+    patches = some_patches(5)
+    left, _ = network(
+        gather(network, patches), start=START, patches=patches, method="encode"
+    )
+    gone = jnp.ones((BATCH, prefix + PATCHES), bool).at[:, :prefix].set(False)
+    gone = gone.at[jnp.arange(BATCH)[:, None], prefix + patches].set(False)
+    bias = [jnp.where(gone, -1e30, 0.0)[:, None, None]] * network.model.depth
+    bias = [
+        jnp.broadcast_to(b, (BATCH, 1, prefix + PATCHES, prefix + PATCHES))
+        for b in bias
+    ]
+    masked, _ = network(network.stream, start=START, bias=bias, method="encode")
+    survivors = jnp.take_along_axis(masked, prefix + patches[..., None], axis=1)
+    np.testing.assert_allclose(left[:, prefix:], survivors, atol=1e-5)
+    np.testing.assert_allclose(left[:, :prefix], masked[:, :prefix], atol=1e-5)
+    unmasked, _ = network(network.stream, start=START, method="encode")
+    assert np.abs(masked - unmasked)[:, :prefix].max() > 1e-3
+
+
+def test_patches_that_are_not_there_are_noticed(network):
+    with pytest.raises(UsageError, match=r"names 5 patches, but there are 12"):
+        network(network.stream, patches=some_patches(5), method="encode")

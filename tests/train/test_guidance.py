@@ -1,0 +1,336 @@
+"""Guidance against its definition, and what a step makes of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wf_vit import grid as geometry
+from wf_vit import indicators
+from wf_vit.errors import UsageError
+from wf_vit.models import recording, registry
+from wf_vit.models.membership import make_fields
+from wf_vit.models.vit import ViT
+from wf_vit.train import guidance as guiding
+from wf_vit.train import state, teacher
+
+GRID = (3, 5)
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def guide(**options):
+    defaults = {
+        "weight": 2.0,
+        "area_weight": 0.3,
+        "duration": 10,
+        "indicator": "mean",
+        "num_probes": 2,
+        "teacher": None,
+    }
+    return guiding.Guidance(**{**defaults, **options})
+
+
+def vit(**options):
+    sizes = {
+        "num_classes": 3,
+        "image_size": (12, 20),
+        "patch_size": (4, 4),
+        "width": 8,
+        "depth": 3,
+        "mlp_dim": 8,
+        "num_heads": 2,
+    }
+    return ViT(**{**sizes, **options})
+
+
+def random_rows(seed, *shape):
+    return jax.nn.softmax(2 * jax.random.normal(jax.random.key(seed), shape))
+
+
+def random_fields(seed, heads=4, threshold=0.0):
+    extents = 3 * jax.random.uniform(jax.random.key(seed), (2, heads, 15, 4))
+    return make_fields(extents, grid=GRID, softness=0.5, threshold=threshold)
+
+
+def keys(count=2):
+    return jax.random.split(jax.random.key(7), count)
+
+
+def images_for(model, batch=2):
+    return jax.random.normal(jax.random.key(9), (batch, *model.image_size, 3))
+
+
+def taught_by(model, indicator, seed=1):
+    teacher = guiding.Teacher(model, mean=MEAN, std=STD)
+    params = jax.tree.map(lambda p: 3 * p, state.init_params(model, seed))
+    return guide(indicator=indicator, teacher=teacher), params
+
+
+def target(guidance, params, images, student, **normal):
+    normal = {"mean": MEAN, "std": STD, **normal}
+    return guiding.target(guidance, params, images, keys(), student=student, **normal)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_coverage_and_area_follow_their_definition(threshold):
+    """Over every pair; in hard mode, of the soft membership."""
+    rows = random_rows(0, 2, 2, 15, 15)
+    fields = {3: random_fields(2, threshold=threshold), 1: random_fields(1)}
+    soft = [np.exp(random_fields(seed).log_membership()).mean(1) for seed in (1, 2)]
+    covered, area = guiding.coverage_and_area(fields, rows)
+    np.testing.assert_allclose(
+        covered,
+        np.mean([(r * m).sum(-1).mean() for r, m in zip(rows, soft, strict=True)]),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(area, np.mean(soft), rtol=1e-5)
+
+
+def test_fields_of_one_image_for_all_are_broadcast():
+    rows = random_rows(0, 1, 2, 15, 15)
+    whole = random_fields(1)
+    same = jax.tree.map(lambda a: jnp.repeat(a[:1], 2, axis=0), whole)
+    one = jax.tree.map(lambda a: a[:1], whole)
+    got = guiding.coverage_and_area({0: one}, rows)
+    np.testing.assert_allclose(
+        got, guiding.coverage_and_area({0: same}, rows), rtol=1e-6
+    )
+
+
+def test_fields_learn_to_reach_their_target_and_no_farther():
+    """Each patch is told to look two columns away."""
+    row, column = np.divmod(np.arange(15), 5)
+    aim = np.where(column < 3, 2, -2)
+    rows = jax.nn.one_hot(5 * row + column + aim, 15)[None, None]
+
+    def loss(raw):
+        fields = make_fields(jax.nn.softplus(raw), grid=GRID, softness=0.5)
+        covered, area = guiding.coverage_and_area({0: fields}, rows)
+        return 1 - covered + 0.2 * area
+
+    step = jax.jit(lambda raw: raw - 20 * jax.grad(loss)(raw))
+    raw = jnp.ones((1, 1, 15, 4))
+    for _ in range(200):
+        raw = step(raw)
+    left, _, right, _ = np.moveaxis(jax.nn.softplus(raw)[0, 0], -1, 0)
+    there, back = np.where(aim > 0, [right, left], [left, right])
+    np.testing.assert_array_less(1.9, there)
+    # It started at 1.31; where nothing lies beyond the edge, nothing pulls it back.
+    np.testing.assert_array_less(back[(column > 0) & (column < 4)], 1)
+
+
+def test_no_array_has_heads_and_pairs_of_patches():
+    rows, fields = random_rows(0, 1, 2, 15, 15), random_fields(1)
+    jaxpr = jax.make_jaxpr(guiding.coverage_and_area)({0: fields}, rows)
+    sizes = [np.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars]
+    assert max(sizes) < 2 * 4 * 15 * 15
+
+
+@pytest.mark.parametrize("indicator", ["mean", "odds", "knockout", "propagated"])
+def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator):
+    teacher, student = vit(num_registers=1), vit()
+    guidance, params = taught_by(teacher, indicator)
+    images = images_for(student)
+    got = jax.jit(lambda p, x: target(guidance, p, x, student))(params, images)
+    assert got.shape == (3, 2, 15, 15)
+    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
+    (recorded,) = recording.record(teacher, params, images)
+    options = {"num_prefix_tokens": 2, "normalize": True}
+    if indicator == "propagated":
+        (knockout,) = recording.propagate(
+            teacher, params, images, target="tokens", key=keys()[0], num_probes=2
+        )
+        expected = knockout.impact / knockout.impact.sum(-1, keepdims=True)
+    elif indicator == "knockout":
+        projection = recording.output_projection(teacher, params)
+        expected = indicators.knockout_impact(
+            recorded.attention, recorded.values, *projection, **options
+        )
+    else:
+        expected = indicators.interaction_indicator(
+            recorded.attention, method=indicator, **options
+        )
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("deep", "shallow", "expected"),
+    [(5, 3, [0, 2, 4]), (3, 5, [0, 1, 1, 2, 2]), (4, 1, [0]), (12, 4, [0, 4, 7, 11])],
+)
+def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
+    teacher = vit(depth=deep)
+    guidance, params = taught_by(teacher, "mean")
+    images = images_for(teacher)
+    got = target(guidance, params, images, vit(depth=shallow))
+    whole = target(guidance, params, images, teacher)
+    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=1e-4, atol=1e-7)
+
+
+def test_the_teacher_sees_the_images_in_its_own_normalisation_and_size():
+    teacher, student = vit(image_size=(24, 40), patch_size=(8, 8)), vit()
+    pixels = jax.random.uniform(jax.random.key(0), (2, 12, 20, 3))
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    own_mean, own_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def normal(x, mean, std):
+        return (x - np.float32(mean)[None, None, None]) / np.float32(std)[
+            None, None, None
+        ]
+
+    seen = guiding.renormalized(
+        normal(pixels, mean, std),
+        student.image_size,
+        mean,
+        std,
+        guiding.Teacher(teacher, own_mean, own_std),
+    )
+    resized = jax.image.resize(pixels, (2, 24, 40, 3), "bilinear")
+    np.testing.assert_allclose(seen, normal(resized, own_mean, own_std), atol=1e-5)
+    same = guiding.Teacher(student, own_mean, own_std)
+    seen = guiding.renormalized(normal(pixels, mean, std), (12, 20), mean, std, same)
+    np.testing.assert_allclose(seen, normal(pixels, own_mean, own_std), atol=1e-5)
+
+
+def test_resampling_pools_repeats_and_keeps_rows_distributions():
+    impact = random_rows(0, 2, 24, 24)
+    np.testing.assert_array_equal(guiding.resample(impact, (4, 6), (4, 6)), impact)
+    # Half the grid: the mean over 4 queries of the sum over 4 keys.
+    halved = guiding.resample(impact, (4, 6), (2, 3))
+    blocks = impact.reshape(2, 2, 2, 3, 2, 2, 2, 3, 2)
+    expected = blocks.sum((6, 8)).mean((2, 4)).reshape(2, 6, 6)
+    np.testing.assert_allclose(halved, expected, rtol=1e-5)
+    # Twice the grid: what a patch is listened to is spread over its four.
+    doubled = guiding.resample(impact, (4, 6), (8, 12))
+    fine = doubled.reshape(2, 4, 2, 6, 2, 4, 2, 6, 2)
+    corner = impact.reshape(2, 4, 6, 4, 6) / 4
+    np.testing.assert_allclose(fine[:, :, 1, :, 0, :, 0, :, 1], corner, rtol=1e-5)
+    odd = guiding.resample(impact, (4, 6), (3, 7))
+    np.testing.assert_allclose(odd.sum(-1), 1, rtol=1e-5)
+    even = guiding.resample(jnp.full((24, 24), 1 / 24), (4, 6), (3, 7))
+    np.testing.assert_allclose(even, 1 / 21, rtol=1e-5)
+
+
+def test_a_teacher_of_another_grid_teaches():
+    teacher = vit(image_size=(8, 12), patch_size=(2, 2))  # A grid of 4 x 6.
+    guidance, params = taught_by(teacher, "mean")
+    got = target(guidance, params, images_for(vit()), vit())
+    assert got.shape == (3, 2, 15, 15)
+    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
+
+
+def test_untaught_targets_are_the_controls_they_say():
+    student, images = vit(), images_for(vit())
+    near = target(guide(indicator="distance"), None, images, student)
+    expected = 1 / (1 + geometry.distances(GRID))
+    expected = expected / expected.sum(-1, keepdims=True)
+    for layer, image in np.ndindex(3, 2):
+        np.testing.assert_allclose(near[layer, image], expected, rtol=1e-5)
+    random = target(guide(indicator="random"), None, images, student)
+    np.testing.assert_allclose(random.sum(-1), 1, rtol=1e-5)
+    assert np.abs(random[0, 0] - random[0, 1]).max() > 1e-3
+    assert np.abs(random[0, 0] - random[1, 0]).max() > 1e-3
+    again = target(guide(indicator="random"), None, images, student)
+    np.testing.assert_array_equal(random, again)
+    assert target(guide(), None, images, student) is None
+
+
+def test_weight_falls_linearly_to_zero_and_stays():
+    weights = [guide().weight_at(jnp.asarray(step)) for step in (0, 5, 10, 20)]
+    np.testing.assert_allclose(weights, [2, 1, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (5, 0.5), (10, 0.0)])
+def test_the_loss_is_weighted_and_the_teacher_rests_when_it_is_over(step, share):
+    student = vit()
+    guidance, params = taught_by(student, "mean")
+    fields = {layer: random_fields(layer) for layer in range(3)}
+    images = images_for(student)
+    loss, metrics = guiding.guide(
+        guidance,
+        fields,
+        jnp.asarray(step),
+        params,
+        images,
+        keys(),
+        student=student,
+        mean=MEAN,
+        std=STD,
+    )
+    rows = target(guidance, params, images, student)
+    covered, area = guiding.coverage_and_area(fields, rows)
+    expected = 2 * share * (1 - covered + 0.3 * area)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["guidance_loss"], expected, rtol=1e-4)
+    shown = covered if share else 0
+    np.testing.assert_allclose(metrics["field_coverage"], shown, rtol=1e-4)
+    alone, _ = guiding.guide(
+        dataclasses.replace(guidance, teacher=None),
+        fields,
+        jnp.asarray(step),
+        None,
+        images,
+        keys(),
+        student=student,
+        mean=MEAN,
+        std=STD,
+    )
+    np.testing.assert_allclose(alone, 2 * share * 0.3 * area, rtol=1e-5)
+
+
+def test_a_config_becomes_guidance(digits_config):
+    guidance, params = teacher.guidance_and_teacher(digits_config, duration=4)
+    assert params is None
+    assert guidance.teacher is None
+    assert (guidance.weight, guidance.duration) == (0.5, 4)
+    assert guidance.indicator == "random"
+    digits_config.guidance.weight = 0.0
+    nothing = teacher.guidance_and_teacher(digits_config, duration=4)
+    assert nothing == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("windowfree", {"weight": 0.0, "teacher": "somewhere"}, "its weight is 0"),
+        ("vit", {}, "'vit' has no fields to guide: use windowfree or"),
+        ("windowfree", {"indicator": "max_"}, "choose one of mean"),
+        ("windowfree", {"teacher": "nowhere.npz"}, "nowhere"),
+    ],
+)
+def test_contradictions_are_named(digits_config, model, options, message):
+    digits_config.model.name = model
+    digits_config.guidance.update(options)
+    with pytest.raises(UsageError, match=message):
+        teacher.guidance_and_teacher(digits_config, duration=4)
+
+
+def test_a_teacher_and_a_target_without_one_contradict():
+    with pytest.raises(UsageError, match="needs no teacher"):
+        guide(indicator="random", teacher=guiding.Teacher(vit(), MEAN, STD))
+
+
+def test_models_with_guidable_fields_are_those_listed():
+    for name in registry.MODELS:
+        config = registry.default_config(name, "mu/4")
+        model = registry.create_model(config, num_classes=2, image_size=8)
+        images = jnp.zeros((1, 8, 8, 3))
+        _, out = jax.eval_shape(
+            lambda x, m=model: m.init_with_output(jax.random.key(0), x)[0], images
+        )
+        assert bool(out["fields"]) == (name in registry.FIELD_MODELS)
+
+
+@pytest.mark.parametrize(("area_weight", "sign"), [(0.5, -1), (1.0, 0), (2.0, 1)])
+def test_an_even_target_widens_fields_only_below_weight_one(area_weight, sign):
+    """Covering a patch pays if its share exceeds ``area_weight / P``."""
+    rows = jnp.full((1, 1, 15, 15), 1 / 15)
+
+    def loss(extents):
+        fields = make_fields(extents, grid=GRID, softness=0.5)
+        covered, area = guiding.coverage_and_area({0: fields}, rows)
+        return 1 - covered + area_weight * area
+
+    gradient = jax.grad(loss)(jnp.ones((1, 1, 15, 4)))
+    np.testing.assert_array_equal(np.sign(np.round(gradient.mean(), 6)), sign)

@@ -1,0 +1,251 @@
+"""Controls: what learned fields are compared with, to tell what they add.
+
+Each changes the attention logits by where the patches lie, not by what they show; all
+else is ``ViT``. They answer, in turn, whether the gain of a window-free transformer
+is that of knowing positions (``RelativeBiasViT``, the bias of Swin, arXiv 2103.14030),
+of locality (``GaussianViT``, ``GrowingWindowViT``), of a learned locality
+(``LearnedGaussianViT``), or of rectangular fields that every head learns but no patch
+predicts (``StaticFieldViT``). Where a radius or a width is given it is
+``FieldConfig.radii``, so that all start from the same locality.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from wf_vit import grid as geometry
+from wf_vit.models.membership import (
+    DROPPED,
+    FieldConfig,
+    LearnedFields,
+    inverse_softplus,
+    make_fields,
+)
+from wf_vit.models.vit import ViT
+
+
+@struct.dataclass
+class PositionBias:
+    """What a layer adds to the attention logits of its patches, whatever they show.
+
+    Attributes:
+      bias: for every query (row) and key (column), [B, H, P, P], or [1, H, P, P] for
+        all images alike.
+    """
+
+    bias: Any
+
+    @property
+    def num_patches(self) -> int:
+        """How many patches there are."""
+        return self.bias.shape[-1]
+
+    def attention_bias(self, *, num_prefix_tokens: int) -> Float[Array, "#B H N N"]:
+        """Returns the logits' bias, which is 0 to and from prefix tokens."""
+        pad = (num_prefix_tokens, 0)
+        return jnp.pad(self.bias, ((0, 0), (0, 0), pad, pad))
+
+
+def among(
+    bias: Float[Array, "H P P"], patches: Int[Array, "B kept"] | None
+) -> PositionBias:
+    """Returns the bias of the whole grid, or of the patches of it that there are."""
+    if patches is None:
+        return PositionBias(bias[None])
+    pick = jax.vmap(lambda kept: bias[:, kept[:, None], kept[None]])
+    return PositionBias(pick(patches))
+
+
+class RelativeBias(nn.Module):
+    """A learned number for every head and displacement, 0 at first.
+
+    Attributes:
+      num_heads: H.
+      grid: ``(GH, GW)``.
+    """
+
+    num_heads: int
+    grid: geometry.Grid
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        patches: Int[Array, "B kept"] | None = None,
+        **unused,
+    ) -> PositionBias:
+        """Returns the bias."""
+        rows, columns = self.grid
+        table = self.param(
+            "table",
+            nn.initializers.zeros,
+            (self.num_heads, 2 * rows - 1, 2 * columns - 1),
+        )
+        dx, dy = np.moveaxis(geometry.displacements(self.grid), -1, 0).astype(int)
+        return among(table[:, dy + rows - 1, dx + columns - 1], patches)
+
+
+class GaussianBias(nn.Module):
+    """``-d^2 / (2 s^2)`` for patches at a distance d: a Gaussian of width s.
+
+    Attributes:
+      num_heads: H.
+      grid: ``(GH, GW)``.
+      config: ``radii`` are the widths of the heads.
+      learned: whether the widths are learned; else there are no parameters.
+    """
+
+    num_heads: int
+    grid: geometry.Grid
+    config: FieldConfig
+    learned: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        patches: Int[Array, "B kept"] | None = None,
+        **unused,
+    ) -> PositionBias:
+        """Returns the bias."""
+        widths = self.config.radii_of(self.num_heads, self.grid)
+        start = jnp.asarray(inverse_softplus(widths), jnp.float32)
+        if self.learned:
+            start = self.param("widths", lambda key: start)
+        widths = jax.nn.softplus(start)[:, None, None]
+        squares = jnp.square(geometry.distances(self.grid))[None]
+        return among(-squares / (2 * jnp.square(widths)), patches)
+
+
+class WindowBias(nn.Module):
+    """Only the square window around each patch is attended to.
+
+    Attributes:
+      num_heads: H.
+      grid: ``(GH, GW)``.
+      config: ``radii`` are how far the windows of the heads reach, in patches.
+      growth: by how much farther this layer's windows reach.
+    """
+
+    num_heads: int
+    grid: geometry.Grid
+    config: FieldConfig
+    growth: float
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        patches: Int[Array, "B kept"] | None = None,
+        **unused,
+    ) -> PositionBias:
+        """Returns the bias: 0 within the window, and outside all but minus infinity."""
+        reach = self.config.radii_of(self.num_heads, self.grid) + self.growth
+        offset = np.abs(geometry.displacements(self.grid)).max(-1)
+        inside = offset[None] <= reach[:, None, None]
+        bias = np.where(inside, 0.0, DROPPED).astype(np.float32)
+        return among(jnp.asarray(bias), patches)
+
+
+class StaticFields(nn.Module):
+    """Fields that each head learns, the same for every patch and image.
+
+    Attributes:
+      num_heads: H.
+      grid: ``(GH, GW)``.
+      config: initial radii, softness and threshold.
+    """
+
+    num_heads: int
+    grid: geometry.Grid
+    config: FieldConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        patches: Int[Array, "B kept"] | None = None,
+        **unused,
+    ) -> LearnedFields:
+        """Returns the fields; unless patches are given, those of one image for all."""
+        start = self.config.start(self.num_heads, self.grid)
+        raw = self.param("extents", lambda key: jnp.asarray(start, jnp.float32))
+        if patches is None:
+            batch, count = 1, self.grid[0] * self.grid[1]
+        else:
+            batch, count = patches.shape
+        extents = jax.nn.softplus(raw)[None, :, None]
+        fields = make_fields(
+            jnp.broadcast_to(extents, (batch, self.num_heads, count, 4)),
+            grid=self.grid,
+            softness=self.config.softness,
+            threshold=self.config.threshold,
+            patches=patches,
+        )
+        shape = (len(x), self.num_heads, count, 4)
+        return fields.replace(extents=jnp.broadcast_to(extents, shape))
+
+
+class RelativeBiasViT(ViT):
+    """A ViT with a learned relative position bias in each layer and head."""
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's bias."""
+        del layer
+        return functools.partial(RelativeBias, grid=self.grid)
+
+
+class _LocalViT(ViT):
+    """A ViT with a notion of locality.
+
+    Attributes:
+      fields: ``radii`` say how local the heads are, at least at first.
+    """
+
+    fields: FieldConfig = FieldConfig()
+
+
+class GaussianViT(_LocalViT):
+    """A ViT with a Gaussian bias, whose widths stay what they are."""
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's bias."""
+        del layer
+        return functools.partial(
+            GaussianBias, grid=self.grid, config=self.fields, learned=False
+        )
+
+
+class LearnedGaussianViT(_LocalViT):
+    """A ViT with a Gaussian bias, whose width each layer and head learns."""
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's bias."""
+        del layer
+        return functools.partial(
+            GaussianBias, grid=self.grid, config=self.fields, learned=True
+        )
+
+
+class GrowingWindowViT(_LocalViT):
+    """A ViT with square windows, which reach one patch farther in every layer."""
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's bias."""
+        return functools.partial(
+            WindowBias, grid=self.grid, config=self.fields, growth=float(layer)
+        )
+
+
+class StaticFieldViT(_LocalViT):
+    """A ViT with fields that each layer and head learns, and no patch predicts."""
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's fields."""
+        del layer
+        return functools.partial(StaticFields, grid=self.grid, config=self.fields)

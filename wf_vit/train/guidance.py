@@ -1,0 +1,323 @@
+"""Guidance: an indicator teaches a window-free transformer where to look.
+
+The definition is ours. The rows R_i of a teacher's indicator, normalised over the
+patches j, are the target of the fields. With M the membership, mean over heads, the
+loss of a layer is the mean over its patches i of
+
+    1 - sum_j R_ij M_ij  +  area_weight * mean_j M_ij :
+
+cover the interactions that matter, with as little area as possible. To cover a patch j
+pays if R_ij exceeds ``area_weight / P``, so 1 asks for more than the even share of an
+interaction, and less than 1 would widen the fields of any target. Both terms are
+computed from the row and column profiles of the membership, never from M itself. In
+hard mode the loss is that of the soft membership, which has a gradient everywhere.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from jaxtyping import Key as KeyArray
+
+from wf_vit import grid as geometry
+from wf_vit import indicators
+from wf_vit.errors import UsageError
+from wf_vit.models import recording
+from wf_vit.models.membership import LearnedFields
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Images, Interactions, Params
+
+ATTENTION = ("mean", "max", "std", "odds")
+TAUGHT = (*ATTENTION, "knockout", "propagated")
+# Targets that need no teacher: the controls of those that do.
+UNTAUGHT = ("random", "distance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The model whose indicator is the target; its parameters travel separately.
+
+    Attributes:
+      model: the module.
+      mean: of each channel of its images in [0, 1].
+      std: of each channel.
+    """
+
+    model: ViT
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """What guides the fields of a student, and for how long.
+
+    Attributes:
+      weight: of the loss at the first step; it falls linearly, to 0 at ``duration``.
+      area_weight: of the area term within the loss.
+      duration: in steps.
+      indicator: one of ``TAUGHT`` or ``UNTAUGHT``.
+      num_probes: of the propagated indicator.
+      teacher: None for untaught indicators, or for the area term alone.
+    """
+
+    weight: float
+    area_weight: float
+    duration: int
+    indicator: str
+    num_probes: int
+    teacher: Teacher | None
+
+    def __post_init__(self):
+        if self.indicator not in TAUGHT + UNTAUGHT:
+            raise UsageError(
+                f"guidance.indicator is {self.indicator!r}: choose one of "
+                f"{', '.join(TAUGHT + UNTAUGHT)}."
+            )
+        if self.teacher is not None and self.indicator in UNTAUGHT:
+            raise UsageError(
+                f"guidance.indicator={self.indicator!r} needs no teacher: set "
+                "guidance.teacher='', or another indicator."
+            )
+
+    def weight_at(self, step: Array) -> Float[Array, ""]:
+        """Returns the weight of the loss before update ``step``, counted from 0."""
+        return self.weight * jnp.maximum(1 - step / self.duration, 0)
+
+
+def guide(
+    guidance: Guidance,
+    fields: dict[int, LearnedFields],
+    step: Int[Array, ""],
+    params: Params | None,
+    images: Images,
+    keys: KeyArray[Array, " B"],
+    *,
+    student: ViT,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the weighted loss of a student's fields; see the top of this module.
+
+    The teacher runs only as long as the weight is not 0.
+
+    Args:
+      guidance: what guides.
+      fields: of the student, by layer.
+      step: updates done before this one.
+      params: of the teacher, if there is one.
+      images: as the student sees them.
+      keys: see ``target``.
+      student: see ``target``.
+      mean: see ``target``.
+      std: see ``target``.
+
+    Returns:
+      The loss, and as metrics ``guidance_loss``, the same, and ``field_coverage``,
+      ``sum_j R_ij M_ij`` (0 without a target, and when guidance is over).
+    """
+    weight = guidance.weight_at(step)
+
+    def look(params, images, keys):
+        return target(
+            guidance, params, images, keys, student=student, mean=mean, std=std
+        )
+
+    def rest(*inputs):
+        shapes = jax.eval_shape(look, *inputs)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    rows = jax.lax.cond(weight > 0, look, rest, params, images, keys)
+    covered, area = coverage_and_area(fields, rows)
+    missed = 0.0 if rows is None else 1 - covered
+    loss = weight * (missed + guidance.area_weight * area)
+    return loss, {"guidance_loss": loss, "field_coverage": covered}
+
+
+def coverage_and_area(
+    fields: dict[int, LearnedFields], target: Float[Array, "L B P P"] | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns how much of the target the fields cover, and their area.
+
+    Args:
+      fields: of the student, by layer.
+      target: for each of its layers, rows that sum to 1; None: none is covered.
+
+    Returns:
+      ``sum_j R_ij M_ij`` and ``mean_j M_ij``, each the mean over layers, images and
+      patches.
+    """
+    areas, covered = [], []
+    for place, layer in enumerate(sorted(fields)):
+        rows = jnp.exp(fields[layer].log_rows)
+        columns = jnp.exp(fields[layer].log_columns)
+        areas.append((rows.mean(-1) * columns.mean(-1)).mean())
+        if target is not None:
+            covered.append(coverage(target[place], rows, columns))
+    mean_covered = jnp.stack(covered).mean() if covered else jnp.zeros(())
+    return mean_covered, jnp.stack(areas).mean()
+
+
+def coverage(
+    target: Float[Array, "B P P"],
+    rows: Float[Array, "#B #H P GH"],
+    columns: Float[Array, "#B #H P GW"],
+) -> Float[Array, ""]:
+    """Returns ``sum_j R_ij M_ij``, mean over images and patches.
+
+    Args:
+      target: R, rows that sum to 1.
+      rows: membership of every row of the grid, for each query and head.
+      columns: membership of every column, so that M is the mean over heads of their
+        products.
+    """
+    height, width = rows.shape[-1], columns.shape[-1]
+    grids = target.reshape(*target.shape[:-1], height, width)
+    batch = (len(target), rows.shape[1])
+    rows = jnp.broadcast_to(rows, (*batch, *rows.shape[2:]))
+    columns = jnp.broadcast_to(columns, (*batch, *columns.shape[2:]))
+    by_row = jnp.einsum("bpyx,bhpx->bhpy", grids, columns)
+    return (by_row * rows).sum(-1).mean()
+
+
+def target(
+    guidance: Guidance,
+    params: Params | None,
+    images: Images,
+    keys: KeyArray[Array, " B"],
+    *,
+    student: ViT,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "L B P P"] | None:
+    """Returns what each layer of the student should cover.
+
+    A teacher sees the student's own augmented images, resized to its size. If it is
+    deeper or shallower, the student's first layer is taught by its first, the last by
+    its last, and those between by the nearest in relative depth; if its grid is
+    another, its indicator is resampled (``resample``).
+
+    Args:
+      guidance: what guides.
+      params: of the teacher.
+      images: as the student sees them.
+      keys: one for each image; randomness of the indicators that need it.
+      student: its grid and depth count.
+      mean: by which the student's images are normalised.
+      std: likewise.
+
+    Returns:
+      Rows that sum to 1, without a gradient; None: the area term acts alone.
+    """
+    teacher = guidance.teacher
+    shape = (student.depth, len(images), *2 * (student.grid[0] * student.grid[1],))
+    if guidance.indicator == "distance":
+        near = _normalized(1 / (1 + jnp.asarray(geometry.distances(student.grid))))
+        return jnp.broadcast_to(near, shape)
+    if guidance.indicator == "random":
+        draw = jax.vmap(lambda key: jax.random.uniform(key, (shape[0], *shape[2:])))
+        return _normalized(draw(keys).swapaxes(0, 1))
+    if teacher is None:
+        return None
+    images = renormalized(images, student.image_size, mean, std, teacher)
+    depths = np.linspace(0, teacher.model.depth - 1, student.depth)
+    matched = tuple(int(layer) for layer in np.floor(depths + 0.5))
+    layers = tuple(sorted(set(matched)))
+    impact = _impact(guidance, params, images, keys[0], layers)
+    impact = resample(_normalized(impact), teacher.model.grid, student.grid)
+    return jax.lax.stop_gradient(impact[np.array([*map(layers.index, matched)])])
+
+
+def renormalized(
+    images: Images,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    teacher: Teacher,
+) -> Float[Array, "B rows columns 3"]:
+    """Returns normalised images as the teacher expects them: its size, mean and std."""
+    channels = (1, 1, 1, 3)
+    scale = np.divide(std, teacher.std).reshape(channels)
+    shift = (np.subtract(mean, teacher.mean) / teacher.std).reshape(channels)
+    images = images * scale.astype(np.float32) + shift.astype(np.float32)
+    if teacher.model.image_size == tuple(size):
+        return images
+    shape = (len(images), *teacher.model.image_size, 3)
+    return jax.image.resize(images, shape, "bilinear")
+
+
+def resample(
+    impact: Float[Array, "*batch old old"],
+    source: geometry.Grid,
+    target: geometry.Grid,
+) -> Float[Array, "*batch new new"]:
+    """Returns an indicator on another grid over the same image.
+
+    A patch of the target listens as the patches of the source do that it overlaps,
+    weighted by the overlap; what a patch of the source is listened to is spread evenly
+    over its area. So rows that sum to 1 still do, and equal grids change nothing.
+
+    Args:
+      impact: on the source grid, ``[..., P, P]``.
+      source: ``(GH, GW)`` of the indicator.
+      target: ``(GH, GW)`` of the result.
+    """
+    if source == target:
+        return impact
+    axes = [_overlaps(*sizes) for sizes in zip(source, target, strict=True)]
+    queries = np.kron(*(o / o.sum(1, keepdims=True) for o in axes))
+    keys = np.kron(*(o / o.sum(0, keepdims=True) for o in axes))
+    return jnp.einsum("ti,...ij,uj->...tu", queries, impact, keys)
+
+
+def _overlaps(source: int, target: int) -> Float[np.ndarray, "target source"]:
+    """Returns how long the cells of two even partitions of [0, 1] overlap."""
+    edges = [np.arange(n + 1) / n for n in (target, source)]
+    right = np.minimum(edges[0][1:, None], edges[1][None, 1:])
+    left = np.maximum(edges[0][:-1, None], edges[1][None, :-1])
+    return np.maximum(right - left, 0).astype(np.float32)
+
+
+def _impact(
+    guidance: Guidance,
+    params: Params,
+    images: Images,
+    key: Array,
+    layers: tuple[int, ...],
+) -> Float[Array, "L B P P"]:
+    """Returns the teacher's indicator of a batch."""
+    model = guidance.teacher.model
+    options = {"layers": layers, "batch_size": len(images)}
+    if guidance.indicator == "propagated":
+        (knockout,) = recording.propagate(
+            model,
+            params,
+            images,
+            target="tokens",
+            key=key,
+            num_probes=guidance.num_probes,
+            **options,
+        )
+        return knockout.impact
+    (recorded,) = recording.record(model, params, images, **options)
+    prefix = model.num_prefix_tokens
+    if guidance.indicator == "knockout":
+        projection = recording.output_projection(model, params, layers)
+        return indicators.knockout_impact(
+            recorded.attention,
+            recorded.values,
+            *projection,
+            num_prefix_tokens=prefix,
+        )
+    return indicators.interaction_indicator(
+        recorded.attention, method=guidance.indicator, num_prefix_tokens=prefix
+    )
+
+
+def _normalized(impact: Interactions) -> Interactions:
+    """Returns rows that sum to 1; a row of zeros becomes even."""
+    total = impact.sum(-1, keepdims=True)
+    even = jnp.ones((), impact.dtype) / impact.shape[-1]
+    return jnp.where(total > 0, impact / jnp.where(total > 0, total, 1), even)
