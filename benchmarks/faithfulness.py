@@ -10,9 +10,8 @@ little more than the rounding of float32; indicators are computed in float32. In
 last layer a cut between patches cannot reach the CLS token, whose effect and
 indicator are judged in the other layers.
 
-The propagated indicator is also timed, for all layers of one photograph, turn by turn
-with a plain forward pass. Prints the tables and writes OUTPUT.json and OUTPUT.md.
-Takes twelve minutes on two cores.
+Prints the tables and writes OUTPUT.json and OUTPUT.md. Takes twelve minutes on two
+cores.
 """
 
 import functools
@@ -25,7 +24,6 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import photographs
-from benchmarks.indicators import take_turns
 from wf_vit import indicators, verify
 from wf_vit.models import pretrained, recording
 
@@ -34,7 +32,6 @@ _INTERACTIONS = flags.DEFINE_integer("interactions", 80, "Cuts per layer and pho
 _PROBES = flags.DEFINE_integer("probes", 16, "M of the propagated indicator.")
 _PROBE_SEEDS = flags.DEFINE_integer("probe_seeds", 3, "Repeats with other probes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of interactions, probes and baselines.")
-_TURNS = flags.DEFINE_integer("turns", 7, "Turns of the timing.")
 
 ATTENTION_ONLY = ("mean", "max", "std", "odds")
 PROPAGATED = ("tokens", "cls")
@@ -51,7 +48,6 @@ class Network:
             self.exact_params = jax.tree.map(
                 lambda leaf: leaf.astype(jnp.float64), self.params
             )
-        self.forward = jax.jit(self.model.apply)
         self._inputs = jax.jit(self._run_to, static_argnames="layers")
         self._run_from = jax.jit(self._finish, static_argnames="layer")
 
@@ -185,29 +181,6 @@ def standard_error(samples: Sequence[float]) -> float | None:
     return float(np.std(samples, ddof=1)) / len(samples) ** 0.5
 
 
-def measure_cost(network: Network, image, turns: int) -> dict:
-    """Returns the time of all layers' propagated indicator over a forward pass."""
-    key = jax.random.key(_SEED.value)
-    functions = {
-        target: functools.partial(network.propagate, image, target, key)
-        for target in PROPAGATED
-    }
-    functions["forward"] = lambda: network.forward({"params": network.params}, image)
-    seconds = take_turns(functions, turns)
-    patches = network.model.grid[0] * network.model.grid[1]
-    return {
-        "interactions": network.model.depth * patches**2,
-        "turns": turns,
-        "milliseconds": {
-            name: 1e3 * float(np.median(times)) for name, times in seconds.items()
-        },
-        "of_forward": {
-            target: float(np.median(seconds[target] / seconds["forward"]))
-            for target in PROPAGATED
-        },
-    }
-
-
 def tables(results: dict) -> str:
     """Returns the results as Markdown, one table for each target."""
     names = ", ".join(results["photographs"])
@@ -229,12 +202,6 @@ def tables(results: dict) -> str:
             values = (f"{by_layer[n]:.3f}" if n in by_layer else "" for n in layers)
             rows.append([name, mean, *values])
         parts.append("".join(f"| {' | '.join(row)} |\n" for row in rows))
-    cost = results["cost"]
-    multiples = ", ".join(f"{k} {v:.1f}" for k, v in cost["of_forward"].items())
-    parts.append(
-        f"Cost of the propagated indicator of {cost['interactions']:,} interactions in "
-        f"forward passes, M = {results['probes']}: {multiples}.\n"
-    )
     return "\n".join(parts)
 
 
@@ -252,7 +219,6 @@ def main(argv: Sequence[str]) -> None:
         "probes": _PROBES.value,
         "probe_seeds": _PROBE_SEEDS.value,
         "correlation": measure(network, list(images.values()), layers),
-        "cost": measure_cost(network, next(iter(images.values())), _TURNS.value),
     }
     photographs.report(results, tables)
 

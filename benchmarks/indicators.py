@@ -5,7 +5,7 @@
 Weights are random: no cost here depends on them. Everything that is compared is
 run turn by turn in one process, and ratios are medians over the turns, so that
 other work on the machine meets both sides. PyTorch is measured where it is
-installed. Takes two minutes on two cores.
+installed. Takes three minutes on two cores.
 """
 
 import argparse
@@ -26,7 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from wf_vit import indicators
+from wf_vit.models import recording, registry
 
+PROBES = (8, 16)
 CUTS_AT_ONCE = 16
 IMAGES = 4
 
@@ -192,6 +194,45 @@ def compare_with_forward(turns: int) -> dict[str, dict[str, float]]:
     }
 
 
+def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
+    """Indicator and forward pass of a whole ViT-S/14, all layers of one image."""
+    model = registry.create_model(
+        registry.default_config("vit", "S/14"),
+        num_classes=0,
+        image_size=224,
+    ).clone(dtype=jnp.float32, cls_token=True)
+    images = jax.random.normal(jax.random.key(0), (1, 224, 224, 3))
+    params = model.init(jax.random.key(1), images)["params"]
+
+    def propagate(num_probes):
+        return next(
+            recording.propagate(
+                model,
+                params,
+                images,
+                target="tokens",
+                key=jax.random.key(2),
+                num_probes=num_probes,
+            )
+        )
+
+    plain = jax.jit(lambda images: model.apply({"params": params}, images)[0])
+    seconds = take_turns(
+        {
+            "forward": partial(plain, images),
+            **{f"{count} probes": partial(propagate, count) for count in PROBES},
+        },
+        turns,
+    )
+    return {
+        "interactions": model.depth * (model.grid[0] * model.grid[1]) ** 2,
+        "milliseconds": {n: 1e3 * float(np.median(s)) for n, s in seconds.items()},
+        "of_forward": {
+            n: float(np.median(s / seconds["forward"])) for n, s in seconds.items()
+        },
+    }
+
+
 def compare_with_peers(turns: int) -> dict[str, dict[str, float]]:
     """The fused attention-only indicators, on 12 layers and 8 images of a ViT-S/14."""
     size = VIT_S14_224
@@ -281,6 +322,7 @@ def main() -> None:
         "brute_force": compare_with_brute_force(arguments.turns),
         "forward": compare_with_forward(arguments.turns),
         "forward_images": IMAGES,
+        "propagated": compare_propagated_with_forward(arguments.turns),
         "peers": compare_with_peers(arguments.turns),
         "peak_gib": {
             name: peak_memory(name)
