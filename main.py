@@ -4,23 +4,24 @@ Without --config it trains a window-free transformer on embedded digits. Any key
 the config can be overridden: ``--config.batch_size=256``.
 """
 
+import importlib
+import logging
 import sys
 from pathlib import Path
 
+import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
 from wf_vit.errors import UsageError
 
 _DEFAULT = Path(__file__).parent / "configs" / "digits.py"
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="The experiment, a file that defines get_config()."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run is kept. Default: runs/<name of the config file>."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's; default: runs/<config>.")
 
-_TASKS = ("train", "evaluate")
+# The module of each task, which has a function of the task's name.
+_TASKS = dict.fromkeys(("train", "evaluate"), "wf_vit.train.loop")
+_TASKS |= {"explain": "wf_vit.explain", "verify": "wf_vit.verify.run"}
 # What config_flags raises for a key or a file that does not exist, or a wrong type.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
 
@@ -31,21 +32,24 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"Unexpected arguments {argv[1:]}: settings are --flags.")
     config = _CONFIG.value
     if config.task not in _TASKS:
-        raise UsageError(f"config.task is {config.task!r}: choose one of {_TASKS}.")
-    # Late, so that --help and a misspelt flag do not wait for them.
-    from wf_vit.train import loop, parallel, report
+        raise UsageError(f"config.task is {config.task!r}: choose one of {[*_TASKS]}.")
+    # This program's own log, and of its libraries only the errors.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    absl.logging.get_absl_handler().setFormatter(formatter)
+    logging.getLogger("wf_vit").setLevel(logging.INFO)
+    if "distributed" in config:
+        from wf_vit.train import parallel
 
-    report.show_own_log()
-    parallel.initialize(config.distributed)
-    workdir = Path(_WORKDIR.value or default_workdir())
-    getattr(loop, config.task)(config, workdir)
+        parallel.initialize(config.distributed)
+    task = getattr(importlib.import_module(_TASKS[config.task]), config.task)
+    task(config, Path(_WORKDIR.value or default_workdir()))
 
 
 def default_workdir() -> str:
     """Returns runs/<config name>, with the config's argument if it has one."""
-    file, _, argument = config_flags.get_config_filename(
-        flags.FLAGS["config"]
-    ).partition(":")
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    file, _, argument = name.partition(":")
     return f"runs/{Path(file).stem}" + (f"_{argument}" if argument else "")
 
 
@@ -62,9 +66,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         while reason.args and isinstance(reason.args[0], Exception):
             reason = reason.args[0]
         text = reason.args[0] if isinstance(reason, KeyError) else reason
-        raise UsageError(
-            f"{text}\nSee --help for the flags, and the config file for every key."
-        ) from error
+        hint = "See --help for the flags, and the config file for every key."
+        raise UsageError(f"{text}\n{hint}") from error
     return rest
 
 

@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 
 from wf_vit.models import registry
 from wf_vit.train import loop, schedule
+from wf_vit.train.metrics import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {
@@ -15,7 +16,15 @@ ARGUMENTS = {
     "cifar10": ["windowfree", "vit"],
     "windowfree": ["", "runlocal"],
     "vit": ["", "runlocal"],
-    "finetune": ["caltech_birds2011", "stanford_dogs"],
+    "finetune": [
+        "caltech_birds2011",
+        "cars196",
+        "oxford_flowers102",
+        "stanford_dogs",
+    ],
+    # These train nothing; they have a test of their own.
+    "explain": [],
+    "verify": [],
 }
 
 
@@ -48,6 +57,20 @@ def test_config(name, argument):
     assert f"configs/{name}.py" in docstring
 
 
+@pytest.mark.parametrize(
+    ("name", "override"), [("explain", {"image_size": 224}), ("verify", {"seed": 3})]
+)
+def test_config_of_an_analysis(name, override):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    assert config.task == name
+    assert config.is_locked
+    with pytest.raises(AttributeError):
+        config.weigths = "model.npz"
+    config.update(weights="model.npz", **override)
+    assert f"configs/{name}.py" in module.__doc__
+
+
 def test_vit_and_windowfree_differ_in_the_model_only():
     vit, windowfree = load("vit", "").to_dict(), load("windowfree", "").to_dict()
     assert vit.pop("model") | {"name": ""} == windowfree.pop("model") | {"name": ""}
@@ -65,3 +88,44 @@ def test_imagenet_recipe_runs_on_mock_data(name, tmp_path):
         for metric in ("top1", "loss")
     }
     assert (tmp_path / "checkpoints" / "10").is_dir()
+
+
+# A published ViT of 16 pixels, patches of 4 and 5 classes.
+PUBLISHED = ROOT / "tests" / "models" / "fixtures" / "hf_vit"
+
+
+def test_guided_imagenet_recipe_runs_on_mock_data(tmp_path):
+    config = load("windowfree", "runlocal")
+    config.data.image_size = 32
+    config.total_steps = config.eval_steps = config.checkpoint_steps = 2
+    config.guidance.weight = 1.0
+    config.guidance.teacher = str(PUBLISHED)
+    with tfds.testing.mock_data(num_examples=40):
+        loop.train(config, tmp_path)
+    rows = [row for row in read_jsonl(tmp_path) if "train/guidance_loss" in row]
+    assert rows[0]["train/guidance_loss"] > 0
+    assert 0 < rows[0]["train/field_coverage"] < 1
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        "caltech_birds2011",
+        pytest.param("cars196", marks=pytest.mark.slow),
+        pytest.param("oxford_flowers102", marks=pytest.mark.slow),
+        pytest.param("stanford_dogs", marks=pytest.mark.slow),
+    ],
+)
+def test_fine_grained_recipe_runs_on_mock_data_from_a_published_vit(dataset, tmp_path):
+    """At another resolution, and with fields that the ViT did not have."""
+    config = load("finetune", dataset)
+    config.init_from = str(PUBLISHED)
+    config.model.name = "windowfree"
+    config.data.image_size = 24
+    config.data.shuffle_buffer = 40
+    config.batch_size = config.eval_batch_size = 8
+    config.total_steps = config.eval_steps = config.checkpoint_steps = 2
+    with tfds.testing.mock_data(num_examples=16):
+        metrics = loop.train(config, tmp_path)
+    assert set(metrics) == {"test/top1", "test/loss"}
+    assert read_jsonl(tmp_path)[-1]["test/loss"] == metrics["test/loss"]

@@ -24,6 +24,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LIGHT = {
     "wf_vit.indicators": ("tensorflow", "flax", "matplotlib"),
     "wf_vit.models.windowfree": ("tensorflow", "clu"),
+    "wf_vit.train.teacher": ("tensorflow", "clu", "tensorflow_datasets"),
     "wf_vit.train.steps": ("tensorflow", "clu", "tensorflow_datasets"),
     "wf_vit.train.schedule": ("tensorflow", "clu", "tensorflow_datasets"),
     "wf_vit.train.parallel": ("tensorflow", "clu", "tensorflow_datasets"),

@@ -15,6 +15,7 @@ column c is at (c, r), so the photograph spans -0.5 to GW - 0.5 and -0.5 to GH -
 """
 
 from wf_vit.figures.curves import depth_profile, training_curves
+from wf_vit.figures.evidence import Curve, evidence
 from wf_vit.figures.learned import (
     learned_areas,
     learned_beside_measured,
@@ -32,7 +33,9 @@ from wf_vit.figures.style import COLUMN, PAGE, flow_colors, style
 __all__ = [
     "COLUMN",
     "PAGE",
+    "Curve",
     "depth_profile",
+    "evidence",
     "flow_colors",
     "indiscriminative",
     "interactions",

@@ -93,21 +93,24 @@ def depth_profile(
     ylabel: str,
     *,
     spread: Float[np.ndarray, "L H"] | None = None,
+    layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Draws one number for each layer and head, such as the mean attention distance.
 
     Args:
-      values: the number, for example the mean field area over a data set.
+      values: the number, for example the mean field area over a data set; one column
+        for what is not told apart by heads.
       ylabel: what it is, with its unit.
       spread: its standard deviation, drawn as bars on each head's dot.
+      layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
     Returns:
       A figure with a dot for each head and a line through their mean.
     """
     num_layers, num_heads = values.shape
-    layers = np.arange(num_layers)
+    layers = np.arange(num_layers) if layer_names is None else np.array(layer_names)
     offset = np.linspace(-0.25, 0.25, num_heads) if num_heads > 1 else np.zeros(1)
     with style():
         figure = Figure(figsize=(width, 0.55 * width), layout="constrained")
@@ -152,6 +155,8 @@ def _layer_axis(panel, ylabel):
     panel.set_ylabel(ylabel)
     panel.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     heads = len(panel.get_legend_handles_labels()[1])
+    if heads == 1:
+        return
     panel.legend(
         title="head",
         loc="center left",

@@ -80,6 +80,7 @@ def learned_beside_measured(
     softness: float = 0.5,
     patch: int | None = None,
     max_layers: int = 4,
+    layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Draws the fields that a window-free transformer learned and those it uses.
@@ -92,6 +93,7 @@ def learned_beside_measured(
       softness: of the learned fields' border, in patches.
       patch: whose fields; by default the most telling one.
       max_layers: panels at most; spread evenly, first and last layer included.
+      layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
     Returns:
@@ -106,8 +108,9 @@ def learned_beside_measured(
     layers = draw.spread(len(extents), max_layers)
     position = geometry.coordinates(grid)[patch]
     with style():
+        labels = ("learned", "measured")
         figure, panels, _ = draw.photo_grid(
-            2, layers, grid, width, ("learned", "measured")
+            2, layers, grid, width, labels, layer_names=layer_names
         )
         for (upper, lower), layer in zip(panels.T, layers, strict=True):
             own = extents[layer, :, patch]

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from wf_vit import grid as geometry
@@ -20,6 +21,7 @@ def interactions(
     *,
     patch: int | None = None,
     max_layers: int = 4,
+    layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Draws what one patch listens to, and who listens to it, over the photograph.
@@ -34,6 +36,7 @@ def interactions(
       patch: whose interactions; by default the image's most telling one
         (``telling_patches``).
       max_layers: panels at most; spread evenly, first and last layer included.
+      layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
     Returns:
@@ -48,18 +51,22 @@ def interactions(
     layers = draw.spread(len(shares), max_layers)
     top = max(shares[layers, patch].max(), shares[layers, :, patch].max(), 10.0)
     norm = LogNorm(0.1, top, clip=True)
+    # The photograph shows through, most where there is little to see.
+    colors = mpl.colormaps["viridis"](np.linspace(0, 1, 256))
+    colors[:, 3] = np.linspace(0.3, 0.95, 256)
+    cmap = ListedColormap(colors)
     with style():
         labels = ("listens to", "is heard by")
         figure, panels, foot = draw.photo_grid(
-            2, layers, grid, width, labels, footer=0.42
+            2, layers, grid, width, labels, footer=0.42, layer_names=layer_names
         )
         for column, layer in zip(panels.T, layers, strict=True):
             for panel, values in zip(
                 column, (shares[layer, patch], shares[layer, :, patch]), strict=True
             ):
-                draw.heat(panel, image, values, grid, norm, "viridis")
+                draw.heat(panel, image, values, grid, norm, cmap)
                 draw.mark(panel, geometry.coordinates(grid)[patch])
-        bar = draw.color_bar(figure, foot, norm, "viridis", "impact (uniform = 1)")
+        bar = draw.color_bar(figure, foot, norm, cmap, "impact (uniform = 1)")
         bar.set_ticks([0.1, 1, 10], labels=["≤ 0.1", "1", "10"])
     return figure
 
@@ -77,6 +84,7 @@ def responsive_fields(
     *,
     patches: Sequence[int] | None = None,
     max_layers: int = 4,
+    layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Draws the responsive fields of some patches, as boxes and as ellipses.
@@ -88,6 +96,7 @@ def responsive_fields(
       grid: ``(GH, GW)``.
       patches: which to show; by default the three most telling ones.
       max_layers: panels at most; spread evenly, first and last layer included.
+      layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
     Returns:
@@ -105,8 +114,9 @@ def responsive_fields(
     position = geometry.coordinates(grid)
     layers = draw.spread(len(box), max_layers)
     with style():
+        labels = ("boxes", "ellipses")
         figure, panels, _ = draw.photo_grid(
-            2, layers, grid, width, ("boxes", "ellipses")
+            2, layers, grid, width, labels, layer_names=layer_names
         )
         for (upper, lower), layer in zip(panels.T, layers, strict=True):
             for panel in (upper, lower):
@@ -128,6 +138,7 @@ def tendency(
     grid: geometry.Grid,
     *,
     max_layers: int = 4,
+    layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Draws where the fields of all patches tend to, as arrows and as flow.
@@ -140,6 +151,7 @@ def tendency(
       displacement: from each patch to the centroid of its field, in patches.
       grid: ``(GH, GW)``.
       max_layers: panels at most; spread evenly, first and last layer included.
+      layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
     Returns:
@@ -159,7 +171,7 @@ def tendency(
     with style():
         labels = ("arrows", "flow")
         figure, panels, foot = draw.photo_grid(
-            2, layers, grid, width, labels, footer=0.5
+            2, layers, grid, width, labels, footer=0.5, layer_names=layer_names
         )
         for (upper, lower), layer in zip(panels.T, layers, strict=True):
             draw.photograph(upper, image, grid, gray=True)
@@ -179,6 +191,7 @@ def indiscriminative(
     *,
     share: float = 0.5,
     max_layers: int = 4,
+    layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Marks the patches whose influence depends least on who is asking.
@@ -189,6 +202,7 @@ def indiscriminative(
       grid: ``(GH, GW)``.
       share: of the patches that are marked, lowest discriminability first.
       max_layers: panels at most; spread evenly, first and last layer included.
+      layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
     Returns:
@@ -205,7 +219,7 @@ def indiscriminative(
     with style():
         labels = (f"lowest {100 * share:.0f} %", "measured")
         figure, panels, foot = draw.photo_grid(
-            2, layers, grid, width, labels, footer=0.42
+            2, layers, grid, width, labels, footer=0.42, layer_names=layer_names
         )
         for (upper, lower), layer in zip(panels.T, layers, strict=True):
             values = discriminability[layer]
@@ -215,7 +229,8 @@ def indiscriminative(
             draw.photograph(upper, image, grid)
             draw.veil(upper, light, grid)
             draw.strike_out(upper, geometry.coordinates(grid)[marked])
-            draw.heat(lower, image, values / values.mean(), grid, norm, "cividis")
+            shares = values / values.mean()
+            draw.heat(lower, image, shares, grid, norm, "cividis", alpha=0.8)
         label = "discriminability (layer mean = 1)"
         bar = draw.color_bar(figure, foot, norm, "cividis", label)
         bar.set_ticks([0.25, 1, 4], labels=["≤ ¼", "1", "≥ 4"])

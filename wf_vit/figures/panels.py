@@ -62,11 +62,13 @@ def spread(count: int, at_most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, at_most)).round().astype(int).tolist()
 
 
-def photo_grid(num_rows, layers, grid, width, labels=None, *, footer=0.0):
+def photo_grid(
+    num_rows, layers, grid, width, labels=None, *, footer=0.0, layer_names=None
+):
     """Lays out photographs, a column for each layer, without gaps to speak of.
 
     Sizes are in inches, since a layout engine cannot fit panels of fixed aspect to a
-    fixed width exactly.
+    fixed width exactly. Layers are called by ``layer_names``, or by their index.
 
     Returns:
       The figure, its panels [num_rows, len(layers)] and the footer's rectangle.
@@ -89,7 +91,7 @@ def photo_grid(num_rows, layers, grid, width, labels=None, *, footer=0.0):
         panel.spines[:].set_visible(False)
         panels[row, column] = panel
     for panel, layer in zip(panels[0], layers, strict=True):
-        panel.set_title(f"layer {layer}")
+        panel.set_title(f"layer {layer if layer_names is None else layer_names[layer]}")
     for panel, label in zip(panels[:, 0], labels or (), strict=False):
         panel.set_ylabel(label, labelpad=2)
     return figure, panels, (margin / width, 0.0, 1 - margin / width, footer / height)
@@ -144,8 +146,8 @@ def _frame(grid):
     return (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
 
 
-def heat(panel, image, values, grid, norm, cmap):
-    """Lays amounts [P] over a photograph, pale enough to recognise what it shows."""
+def heat(panel, image, values, grid, norm, cmap, alpha=None):
+    """Lays amounts [P] over a pale photograph; opaque unless the colours are not."""
     photograph(panel, image, grid, gray=True)
     panel.imshow(
         values.reshape(grid),
@@ -153,7 +155,7 @@ def heat(panel, image, values, grid, norm, cmap):
         interpolation="nearest",
         norm=norm,
         cmap=cmap,
-        alpha=0.8,
+        alpha=alpha,
     )
 
 

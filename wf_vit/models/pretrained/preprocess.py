@@ -64,7 +64,7 @@ class Preprocess:
         self, images: Iterable[UInt8[np.ndarray, "_ _ 3"]]
     ) -> Float[np.ndarray, "B height width 3"]:
         """Resizes, crops and normalises images, each of any size."""
-        return self.normalize(np.stack([self._fit(image) for image in images]))
+        return self.normalize(np.stack([self.fit(image) for image in images]))
 
     def normalize(
         self, images: UInt8[np.ndarray, "B height width 3"]
@@ -81,10 +81,10 @@ class Preprocess:
         )
         return (images - mean) / std
 
-    def _fit(
+    def fit(
         self, image: UInt8[np.ndarray, "_ _ 3"]
     ) -> UInt8[np.ndarray, "height width 3"]:
-        """Resizes and crops one image to the model's size."""
+        """Resizes and crops one image to the model's size: what the model sees."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UsageError(
                 f"An image is {image.dtype} {image.shape}, expected uint8 "

@@ -1,11 +1,9 @@
-"""Protocols that check whether the indicators say what they claim to say.
+"""Does an indicator rank interactions by what happens when they are really cut?
 
-A protocol takes what the model predicts as a function, and arrays; it knows neither
-models nor data sets. ``benchmarks/`` wires both to it and keeps the results.
-
-Faithfulness (design.md, "Verification" a): interactions are drawn at random, each is
-really cut, the rest of the network is run, and the ranks of what happened are
-compared with those of what an indicator says.
+The protocol takes what the model predicts as a function, and arrays (design.md,
+"Verification" a): interactions are drawn at random, each is really cut, the rest of
+the network is run, and the ranks of what happened are compared with those of what an
+indicator says.
 """
 
 import warnings

@@ -1,0 +1,59 @@
+r"""Explains photographs: figures, data and a page to explore, for any checkpoint.
+
+    python main.py --config=configs/explain.py \
+        --config.weights=CHECKPOINT --config.images=photo.jpg
+
+The results are in runs/explain (or --workdir); its README.md says what is in them. A
+call that was interrupted goes on when it is repeated. Three photographs take a ViT-S/14
+at 224 pixels 45 s of CPU time, start and compilation included; results/explain has
+figures and measurements.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config; every key can be overridden."""
+    config = ml_collections.ConfigDict()
+    config.task = "explain"
+
+    # What wf_vit.models.pretrained.load opens: .npz, .safetensors, .pth, a folder with
+    # one of them, a run folder of this package, or hf://owner/name.
+    config.weights = ""
+    # An image, a folder, which is searched with its subfolders, or several of them
+    # with commas between.
+    config.images = ""
+    # Side in pixels; None: the checkpoint's own. Cost and memory grow with the fourth
+    # power, and figures are readable up to about 20 x 20 patches. For (height, width)
+    # assign it within `config.ignore_type()`.
+    config.image_size = config_dict.placeholder(int)
+
+    # The indicators to compute: mean, max, std, odds, rollout, knockout, propagated.
+    # The last one, which should be the most faithful, is that of the figures, the
+    # fields and the table; the page has all of them.
+    config.indicators = ("mean", "knockout", "propagated")
+    # "propagated": the output that is watched, all final "tokens", the "cls" token or
+    # what the head reads ("pooled"), and the number of random probes. Two forward
+    # passes a probe take most of the time; the error falls with the square root.
+    config.target = "tokens"
+    config.num_probes = 16
+    # Numbers of the layers, from 0; empty for all.
+    config.layers = ()
+    # Whether each head is measured on its own too, at about twice the cost. A
+    # window-free transformer's heads, which have learned fields, always are.
+    config.heads = False
+    # Share of its impact that a patch's responsive field holds.
+    config.mass = 0.9
+    # The patch in the figures, counted row by row from 0; -1: the most telling ones.
+    config.patch = -1
+
+    # Whether to draw the figures and to build the page. They can be had later from the
+    # data, which takes 4 bytes * layers * patches^2 for each indicator and image.
+    config.figures = True
+    config.page = True
+    # Images at once. An accelerator is faster with more; memory is about 8 times
+    # wf_vit.models.recording.bytes_per_image for each.
+    config.batch_size = 1
+    config.seed = 0  # of the probes
+    return config.lock()

@@ -1,0 +1,119 @@
+"""By what patches are ranked, and which of them are gathered out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wf_vit import interventions, verify
+from wf_vit.errors import UsageError
+from wf_vit.verify.removal import RULES, num_kept
+
+LAYERS, IMAGES, HEADS, PREFIX, PATCHES = 3, 2, 2, 1, 5
+TOKENS = PREFIX + PATCHES
+KEYS = jax.random.split(jax.random.key(0), IMAGES)
+ATTENTION = jax.nn.softmax(
+    jax.random.normal(jax.random.key(1), (LAYERS, IMAGES, HEADS, TOKENS, TOKENS))
+)
+IMPACT = jax.random.uniform(
+    jax.random.key(2), (LAYERS, IMAGES, HEADS, PATCHES, PATCHES)
+)
+
+
+def test_scores_sum_over_the_layers_to_come():
+    scores = verify.patch_scores(ATTENTION, IMPACT, KEYS)
+    assert tuple(scores) == RULES
+    fused = np.asarray(IMPACT).sum(2)
+    off = fused * (1 - np.eye(PATCHES))
+    for layer in range(LAYERS):
+        np.testing.assert_allclose(
+            scores["least impact"][layer], off[layer:].sum((0, -2)), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            scores["least discriminative"][layer],
+            fused[layer:].std(-2).sum(0),
+            rtol=1e-5,
+        )
+        np.testing.assert_allclose(
+            scores["least attended"][layer],
+            np.asarray(ATTENTION)[layer:].mean(2)[..., 0, PREFIX:].sum(0),
+            rtol=1e-5,
+        )
+    np.testing.assert_allclose(
+        scores["most discriminative"], -scores["least discriminative"]
+    )
+    assert (scores["random"][:, 0] != scores["random"][:, 1]).all()
+
+
+def test_without_cls_attention_is_that_of_all_patches():
+    attention = ATTENTION[..., PREFIX:, PREFIX:]
+    scores = verify.patch_scores(attention, IMPACT, KEYS)
+    expected = np.asarray(attention)[-1].mean((1, 2))
+    np.testing.assert_allclose(scores["least attended"][-1], expected, rtol=1e-5)
+
+
+def test_an_indiscriminative_patch_matters_equally_to_all():
+    impact = jnp.zeros((1, 1, 1, 4, 4)).at[..., 0].set(9.0)
+    impact = impact.at[0, 0, 0, :, 1].set(jnp.array([0.0, 0.0, 2.0, 0.0]))
+    attention = jnp.full((1, 1, 1, 4, 4), 0.25)
+    scores = verify.patch_scores(attention, impact, KEYS[:1])
+    telling = scores["least discriminative"][0, 0]
+    assert telling[1] > telling[0] == telling[2] == 0
+    assert scores["least impact"][0, 0].argmax() == 0
+
+
+def test_the_lowest_are_removed_and_answers_land_at_their_place():
+    scores = {
+        "up": jnp.broadcast_to(jnp.arange(5.0), (LAYERS, IMAGES, 5)),
+        "down": jnp.broadcast_to(-jnp.arange(5.0), (LAYERS, IMAGES, 5)),
+    }
+    whole = verify.Answer(
+        logits=jnp.zeros((IMAGES, 2)),
+        pooled=jnp.ones((IMAGES, 2)),
+        patches=jax.random.normal(jax.random.key(3), (IMAGES, 5, 4)),
+    )
+    asked = []
+
+    def predict(layer, patches):
+        asked.append((layer, patches[0].tolist()))
+        right = layer == 2 and patches[0, 0] == 0
+        left = jnp.take_along_axis(whole.patches, patches[..., None], axis=1)
+        return verify.Answer(
+            logits=jnp.tile(jnp.array([1.0 - right, float(right)]), (IMAGES, 1)),
+            pooled=whole.pooled,
+            patches=left,
+        )
+
+    found = verify.removal(
+        predict,
+        whole,
+        scores,
+        layers=(0, 2),
+        shares=(0.4, 0.8),
+        labels=jnp.ones(IMAGES, int),
+    )
+    assert asked[:4] == [(0, [2, 3, 4]), (0, [4]), (0, [0, 1, 2]), (0, [0])]
+    assert found["top1"].shape == (IMAGES, 2, 2, 2)
+    np.testing.assert_array_equal(
+        found["top1"][0], [[[0, 0], [0, 0]], [[0, 0], [1, 1]]]
+    )
+    # Compared patch by patch with the ones that are left.
+    np.testing.assert_allclose(found["patch_cosine"], 1, atol=1e-6)
+
+
+def test_some_patch_always_stays():
+    assert [num_kept(share, 10) for share in (0.0, 0.25, 0.75, 1.0)] == [10, 8, 2, 1]
+
+
+def test_gathering_keeps_the_prefix_and_the_order():
+    tokens = jnp.arange(2 * 6.0).reshape(2, 6, 1)
+    patches = interventions.keep_patches(jnp.array([[0.0, 3, 1, 2, -1]] * 2), 3)
+    np.testing.assert_array_equal(patches, [[1, 2, 3]] * 2)
+    left = interventions.gather_patches(tokens, patches, num_prefix_tokens=1)
+    np.testing.assert_array_equal(left[..., 0], [[0, 2, 3, 4], [6, 8, 9, 10]])
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_counts_of_patches_that_make_no_sense_are_refused(count):
+    with pytest.raises(UsageError, match="expected 1 to 5"):
+        interventions.keep_patches(jnp.zeros((2, 5)), count)

@@ -1,0 +1,125 @@
+"""What is measured in one image, and the file it is kept in."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from wf_vit.explain.workdir import replacing
+from wf_vit.fields import Field
+from wf_vit.grid import Grid
+
+DATA = "data.npz"
+
+# The arrays of data.npz; axis letters as in wf_vit.shapes.
+ARRAYS = {
+    "photograph": "[height, width, 3], 8 bits: the pixels that the model saw",
+    "grid": "[2]: rows and columns of patches",
+    "layers": "[L]: numbers of the layers, from 0",
+    "indicator": "name of the indicator that the fields are made of",
+    "impact/NAME": "[L, P, P], for each indicator: of patch j (column) on i (row)",
+    "impact_heads/NAME": "[L, H, P, P]: the same for each head on its own",
+    "field/box": "[L, P, 4]: how far the responsive field reaches to the left, top, "
+    "right and bottom of the patch's centre",
+    "field/area": "[L, P]: share of the grid that the field covers",
+    "field/displacement": "[L, P, 2]: from the patch to its field's centroid",
+    "field/covariance": "[L, P, 2, 2]: of positions in the field, in patches^2",
+    "field/mask": "[L, P, P]: whether patch j belongs to the field of patch i",
+    "field_heads/...": "the same five, [L, H, P, ...], for each head on its own",
+    "discriminability": "[L, P]: how much the impact of a patch depends on who is "
+    "asking (standard deviation over the queries)",
+    "attention_distance": "[L, H]: mean attention distance, in patches",
+    "relative_error": "[L]: standard error of the propagated impact, relative to it",
+    "learned/extents": "[L, H, P, 4]: of a window-free transformer: how far its "
+    "learned fields reach to the left, top, right and bottom",
+    "learned/softness": "[]: width of the learned fields' border, in patches",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """The learned fields of a window-free transformer, in one image."""
+
+    extents: Float[np.ndarray, "L H P 4"]
+    softness: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What was measured in one image; ``ARRAYS`` says what the arrays are.
+
+    ``impact_heads`` is empty and ``field_heads`` None where heads were not told
+    apart.
+    """
+
+    photograph: UInt8[np.ndarray, "height width 3"]
+    grid: Grid
+    layers: Int[np.ndarray, " L"]
+    indicator: str
+    impact: Mapping[str, Float[np.ndarray, "L P P"]]
+    impact_heads: Mapping[str, Float[np.ndarray, "L H P P"]]
+    field: Field
+    field_heads: Field | None
+    discriminability: Float[np.ndarray, "L P"]
+    attention_distance: Float[np.ndarray, "L H"]
+    relative_error: Float[np.ndarray, " L"] | None
+    learned: Learned | None
+
+    def save(self, folder: Path) -> None:
+        """Writes ``data.npz`` into a folder, all at once."""
+        arrays = {
+            "photograph": self.photograph,
+            "grid": np.array(self.grid),
+            "layers": self.layers,
+            "indicator": np.array(self.indicator),
+            "discriminability": self.discriminability,
+            "attention_distance": self.attention_distance,
+        }
+        for part in ("impact", "impact_heads"):
+            arrays |= {f"{part}/{k}": v for k, v in getattr(self, part).items()}
+        arrays |= {f"field/{k}": v for k, v in self.field._asdict().items()}
+        if self.field_heads is not None:
+            by_head = self.field_heads._asdict()
+            arrays |= {f"field_heads/{k}": v for k, v in by_head.items()}
+        if self.relative_error is not None:
+            arrays["relative_error"] = self.relative_error
+        if self.learned is not None:
+            learned = dataclasses.asdict(self.learned)
+            arrays |= {f"learned/{k}": v for k, v in learned.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / DATA) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Explanation":
+        """Reads what ``save`` wrote."""
+        with np.load(folder / DATA) as file:
+            arrays = dict(file)
+
+        def group(name: str) -> dict[str, np.ndarray]:
+            prefix = f"{name}/"
+            return {
+                key.removeprefix(prefix): array
+                for key, array in arrays.items()
+                if key.startswith(prefix)
+            }
+
+        by_head, learned = group("field_heads"), group("learned")
+        return cls(
+            photograph=arrays["photograph"],
+            grid=tuple(arrays["grid"].tolist()),
+            layers=arrays["layers"],
+            indicator=arrays["indicator"].item(),
+            impact=group("impact"),
+            impact_heads=group("impact_heads"),
+            field=Field(**group("field")),
+            field_heads=Field(**by_head) if by_head else None,
+            discriminability=arrays["discriminability"],
+            attention_distance=arrays["attention_distance"],
+            relative_error=arrays.get("relative_error"),
+            learned=Learned(learned["extents"], learned["softness"].item())
+            if learned
+            else None,
+        )

@@ -1,0 +1,168 @@
+"""The results of all images in one table, and their statistics.
+
+Both are made from the images' ``data.npz``, one image at a time: memory does not grow
+with their number, and a run that was interrupted ends with the same numbers.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from wf_vit import fields
+from wf_vit.explain import draw
+from wf_vit.explain.explanation import ARRAYS, DATA
+from wf_vit.explain.workdir import IMAGES, replacing
+
+TABLE = "table.csv"
+STATISTICS = "statistics.json"
+
+# The columns of table.csv, which has a row for each image, layer and head, and one
+# for the heads together. Empty: not measured (fields of single heads need heads=True).
+COLUMNS = {
+    "image": "path of the image below the folder that all images have in common",
+    "layer": "number of the layer, from 0",
+    "head": "number of the head, from 0, or 'all'",
+    "field_area": "share of the grid that a responsive field covers, mean over patches",
+    "field_area_std": "its standard deviation over patches",
+    "reach_left": "how far a field reaches to the left of its patch's centre, in "
+    "patches, mean over patches",
+    "reach_top": "the same upwards",
+    "reach_right": "the same to the right",
+    "reach_bottom": "the same downwards",
+    "tendency_x": "from a patch to its field's centroid, in patches, to the right, "
+    "mean over patches",
+    "tendency_y": "the same downwards",
+    "tendency_length": "length of the arrow from a patch to its field's centroid, in "
+    "patches, mean over patches",
+    "attention_distance": "mean attention distance, in patches",
+}
+
+# The keys of statistics.json. Lists are by layer, and by layer and head.
+STATISTICS_KEYS = {
+    "images": "how many",
+    "indicator": "of which the fields are",
+    "mass": "share of its impact that a patch's field holds",
+    "layers": "their numbers, from 0",
+    "field_area": "share of the grid that a responsive field covers: mean and standard "
+    "deviation over images and patches",
+    "tendency_length": "length of the arrow from a patch to its field's centroid, in "
+    "patches, likewise",
+    "attention_distance": "mean attention distance of each head, in patches: mean and "
+    "standard deviation over images",
+    "field_area_heads": "as field_area, for each head on its own, if measured",
+}
+
+_PREFACE = """\
+L layers, H heads, P patches, numbered row by row. Positions are (x, y) in patches, x
+to the right and y downwards. The impact of patch j on patch i says how much the
+interaction i<-j matters; patch i's responsive field is where its impact comes from.
+"""
+
+# Is there if heads were told apart.
+_HEADS = "field_heads/area"
+
+# Statistics that are not told apart by heads.
+_FUSED = ("field_area", "tendency_length")
+
+
+def write(workdir: Path, names: Sequence[str], notes: dict[str, Any]) -> None:
+    """Writes the table, the statistics, their figures and what they mean.
+
+    Args:
+      workdir: of the run.
+      names: of the images that were measured, at least one.
+      notes: what ``statistics.json`` says besides.
+    """
+    _write_table(workdir, names)
+    _write_statistics(workdir, names, notes)
+    parts = {f"images/*/{DATA}": ARRAYS, TABLE: COLUMNS, STATISTICS: STATISTICS_KEYS}
+    text = _PREFACE
+    for file, meanings in parts.items():
+        text += f"\n# {file}\n\n"
+        text += "".join(f"- `{name}`: {what}\n" for name, what in meanings.items())
+    with replacing(workdir / "README.md") as partial:
+        partial.write_text(text)
+
+
+def _write_table(workdir: Path, names: Sequence[str]) -> None:
+    with (
+        replacing(workdir / TABLE) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for name in names:
+            with np.load(workdir / IMAGES / name / DATA) as arrays:
+                table.writerows([name, *row] for row in _rows(arrays))
+
+
+def _rows(arrays: np.lib.npyio.NpzFile) -> Iterator[list[Any]]:
+    """Yields the rows of one image, without its name."""
+    distance = arrays["attention_distance"]
+    fused = _field_columns(arrays, "field")
+    by_head = _field_columns(arrays, "field_heads") if _HEADS in arrays else None
+    for place, layer in enumerate(arrays["layers"].tolist()):
+        yield [layer, "all", *fused[place].tolist(), float(distance[place].mean())]
+        for head, value in enumerate(distance[place].tolist()):
+            empty = [""] * fused.shape[-1]
+            columns = empty if by_head is None else by_head[place, head].tolist()
+            yield [layer, head, *columns, value]
+
+
+def _field_columns(arrays, kind) -> Float[np.ndarray, "L *heads columns"]:
+    """Returns the columns that describe fields, of the heads together or of each."""
+    area, box, arrow = (
+        arrays[f"{kind}/{part}"] for part in ("area", "box", "displacement")
+    )
+    length = np.linalg.norm(arrow, axis=-1)
+    columns = [area.mean(-1), area.std(-1), *np.moveaxis(box.mean(-2), -1, 0)]
+    columns += [*np.moveaxis(arrow.mean(-2), -1, 0), length.mean(-1)]
+    return np.stack(columns, axis=-1)
+
+
+def _write_statistics(
+    workdir: Path, names: Sequence[str], notes: dict[str, Any]
+) -> None:
+    total = None
+    for name in names:
+        with np.load(workdir / IMAGES / name / DATA) as arrays:
+            layers = arrays["layers"].tolist()
+            one = fields.statistics(_sample(arrays), axes=(2, 3))
+        total = one if total is None else fields.merge(total, one)
+    mean = jax.tree.map(np.asarray, total.mean)
+    std = jax.tree.map(np.sqrt, total.variance)
+    for key in _FUSED:
+        mean[key], std[key] = mean[key][:, 0], std[key][:, 0]
+    content = {"images": int(total.count), **notes, "layers": layers}
+    for key in mean:
+        content[key] = {"mean": mean[key].tolist(), "std": std[key].tolist()}
+    with replacing(workdir / STATISTICS) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+    drawings = draw.depth_drawings(
+        layers,
+        area=mean["field_area"],
+        area_spread=std["field_area"],
+        area_heads=mean.get("field_area_heads"),
+        distance=mean["attention_distance"],
+        distance_spread=std["attention_distance"] if len(names) > 1 else None,
+    )
+    draw.save_figures(drawings, workdir / draw.FIGURES)
+
+
+def _sample(arrays: np.lib.npyio.NpzFile) -> dict[str, Float[np.ndarray, "L _ 1 _"]]:
+    """Returns what the statistics are of, in one image: by layer, head and patch."""
+    length = np.linalg.norm(arrays["field/displacement"], axis=-1)
+    sample = {
+        "field_area": arrays["field/area"][:, None, None],
+        "tendency_length": length[:, None, None],
+        "attention_distance": arrays["attention_distance"][:, :, None, None],
+    }
+    if _HEADS in arrays:
+        sample["field_area_heads"] = arrays[_HEADS][:, :, None]
+    return sample

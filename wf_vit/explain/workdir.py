@@ -1,0 +1,79 @@
+"""A working directory that a killed run leaves without anything half written."""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from wf_vit.errors import UsageError
+from wf_vit.shapes import Params
+
+# The folder of the results, in which every image has a folder of its own.
+IMAGES = "images"
+
+# Keys that change no number, and may differ from one call to the next.
+_FREE = ("batch_size", "figures", "page")
+
+
+def prepare(workdir: Path) -> None:
+    """Creates the working directory; raises UsageError if it cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"The working directory {workdir} cannot be written ({error.strerror}): "
+            "pass another one with --workdir."
+        ) from error
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict, params: Params) -> None:
+    """Writes ``config.json``; if there are results, checks that they fit it.
+
+    It also holds a digest of the parameters: the same name may stand for others now.
+
+    Raises:
+      UsageError: the results have other settings.
+    """
+    path = workdir / "config.json"
+    settings = json.loads(config.to_json_best_effort())
+    settings["parameters_sha256"] = _digest(params)
+    if path.exists() and (workdir / IMAGES).exists():
+        earlier = json.loads(path.read_text())
+        changed = [
+            f"{name} was {earlier.get(name)!r} and is now {settings.get(name)!r}"
+            for name in sorted(earlier.keys() | settings.keys())
+            if name not in _FREE and earlier.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise UsageError(
+                f"{workdir} holds results of other settings: {'; '.join(changed)}. "
+                "Pass another --workdir, or remove this one."
+            )
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write what then becomes ``path`` all at once.
+
+    It may be a folder if ``path`` does not exist yet.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    yield partial
+    partial.replace(path)
+
+
+def _digest(params: Params) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()
