@@ -5,19 +5,21 @@ the config can be overridden: ``--config.batch_size=256``.
 """
 
 import importlib
-import logging
 import sys
 from pathlib import Path
 
-import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
 from wf_vit.errors import UsageError
 
 _DEFAULT = Path(__file__).parent / "configs" / "digits.py"
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's; default: runs/<config>.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="The experiment, a file that defines get_config()."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept. Default: runs/<name of the config file>."
+)
 
 # The module of each task, which has a function of the task's name.
 _TASKS = dict.fromkeys(("train", "evaluate"), "wf_vit.train.loop")
@@ -33,11 +35,10 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config.task not in _TASKS:
         raise UsageError(f"config.task is {config.task!r}: choose one of {[*_TASKS]}.")
-    # This program's own log, and of its libraries only the errors.
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    absl.logging.get_absl_handler().setFormatter(formatter)
-    logging.getLogger("wf_vit").setLevel(logging.INFO)
+    # Late, so that --help and a misspelt flag do not wait for it.
+    from wf_vit.tasks import show_own_log
+
+    show_own_log()
     if "distributed" in config:
         from wf_vit.train import parallel
 

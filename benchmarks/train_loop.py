@@ -21,7 +21,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from wf_vit.train import loop, parallel, report, schedule, steps
+from wf_vit.tasks import show_own_log
+from wf_vit.train import loop, parallel, schedule, steps
 from wf_vit.train.state import init_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
@@ -99,7 +100,7 @@ def measure(
 def main(argv: list[str]) -> None:
     """Measures the models of one config."""
     del argv
-    report.show_own_log()
+    show_own_log()
     config = _CONFIG.value
     speeds, input_speed = measure(config, _MODELS.value, _ROUNDS.value, _STEPS.value)
     first = speeds[_MODELS.value[0]]["step"]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "wf_vit"
 
 # Lowest first; a module imports from its own layer and from those before it.
 LAYERS = [
-    ["errors", "shapes", "grid"],
+    ["errors", "shapes", "grid", "tasks"],
     ["data", "models", "indicators"],
     ["fields"],
     ["interventions"],

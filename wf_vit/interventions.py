@@ -11,9 +11,9 @@ count. The budget of an image is met exactly, ties go to the first.
 
 Recommended for small budgets, per head: the geometric mean of attention and of the
 impact propagated to all tokens, by one threshold. A DINOv2 ViT-S/14 that keeps 10 %
-and 5 % so has cosines of .950 and .883 (CLS) and .938 and .839 (patches) with the full
-network, in the mean of three photographs; propagated impact alone .937 and .864, .931
-and .825; attention, top k per query, .915 and .854, .883 and .798
+and 5 % so has cosines of .954 and .888 (CLS) and .951 and .866 (patches) with the full
+network, in the mean of five photographs; propagated impact alone .940 and .858, .941
+and .854; attention, top k per query, .932 and .885, .909 and .847
 (results/sparsity.md).
 """
 

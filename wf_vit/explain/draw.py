@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from wf_vit import figures, page
 from wf_vit.explain.explanation import Explanation
 from wf_vit.explain.measure import INDICATORS
-from wf_vit.explain.workdir import replacing
+from wf_vit.tasks import replacing
 
 FIGURES = "figures"
 PAGE = "page.html"

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from wf_vit.explain.workdir import replacing
 from wf_vit.fields import Field
 from wf_vit.grid import Grid
+from wf_vit.tasks import replacing
 
+# The folder of the results, in which every image has a folder of its own.
+IMAGES = "images"
 DATA = "data.npz"
 
 # The arrays of data.npz; axis letters as in wf_vit.shapes.

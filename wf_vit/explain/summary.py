@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from wf_vit import fields
 from wf_vit.explain import draw
-from wf_vit.explain.explanation import ARRAYS, DATA
-from wf_vit.explain.workdir import IMAGES, replacing
+from wf_vit.explain.explanation import ARRAYS, DATA, IMAGES
+from wf_vit.tasks import replacing
 
 TABLE = "table.csv"
 STATISTICS = "statistics.json"

@@ -1,5 +1,6 @@
 """The task ``explain``: images to data, figures and pages, a batch at a time."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,14 +13,17 @@ import tqdm
 
 from wf_vit.errors import UsageError
 from wf_vit.explain import draw, images, summary
-from wf_vit.explain.explanation import DATA, Explanation
+from wf_vit.explain.explanation import DATA, IMAGES, Explanation
 from wf_vit.explain.measure import check_indicators, measure
-from wf_vit.explain.workdir import IMAGES, claim, prepare, replacing
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained.preprocess import Preprocess
+from wf_vit.tasks import claim_workdir, prepare_workdir, replacing
 
 _LOG = logging.getLogger(__name__)
+
+# Keys that change no number, and may differ from one call to the next.
+_FREE = ("batch_size", "figures", "page")
 
 
 def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -44,11 +48,17 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
     check_indicators(indicators, layers)
     _check(config)
     sources = images.find(config.images, leave_out=workdir)
-    prepare(workdir)
+    prepare_workdir(workdir)
     loaded = pretrained.load(config.weights, image_size=config.image_size)
     _LOG.info("%d images; %s", len(sources), _describe(config.weights, loaded))
     _check_patch(config.patch, loaded.model.grid)
-    claim(workdir, config, loaded.params)
+    claim_workdir(
+        workdir,
+        json.loads(config.to_json_best_effort()),
+        loaded.params,
+        results=workdir / IMAGES,
+        free=_FREE,
+    )
     measure_batch = partial(
         measure,
         loaded,

@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
+from wf_vit.tasks import prepare_workdir
 from wf_vit.train import initial, parallel, report, schedule, steps, teacher
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.metrics import Reporter
@@ -140,19 +140,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     metrics = evaluate_splits(experiment, state.eval_params)
     print(json.dumps({"step": int(state.step), **metrics}))
     return metrics
-
-
-def prepare_workdir(workdir: Path) -> None:
-    """Creates the working directory; raises UsageError if it cannot be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"The working directory {workdir} cannot be written ({error.strerror}): "
-            "pass another one with --workdir."
-        ) from error
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

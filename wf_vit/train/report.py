@@ -4,7 +4,6 @@ import json
 import logging
 from pathlib import Path
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -20,15 +19,6 @@ from wf_vit.train.metrics import read_jsonl
 _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = 6
-
-
-def show_own_log() -> None:
-    """Shows what this program logs, and of its libraries only the errors."""
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    absl.logging.use_absl_handler()
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    absl.logging.get_absl_handler().setFormatter(formatter)
-    logging.getLogger("wf_vit").setLevel(logging.INFO)
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -1,27 +1,32 @@
-"""A working directory that a killed run leaves without anything half written."""
+"""What the tasks share: the log, and a working directory that is never half written."""
 
 import contextlib
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
+import absl.logging
 import jax
-import ml_collections
 import numpy as np
 
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
 
-# The folder of the results, in which every image has a folder of its own.
-IMAGES = "images"
 
-# Keys that change no number, and may differ from one call to the next.
-_FREE = ("batch_size", "figures", "page")
+def show_own_log() -> None:
+    """Shows what this program logs, and of its libraries only the errors."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.use_absl_handler()
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    absl.logging.get_absl_handler().setFormatter(formatter)
+    logging.getLogger("wf_vit").setLevel(logging.INFO)
 
 
-def prepare(workdir: Path) -> None:
+def prepare_workdir(workdir: Path) -> None:
     """Creates the working directory; raises UsageError if it cannot be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -34,23 +39,37 @@ def prepare(workdir: Path) -> None:
         ) from error
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict, params: Params) -> None:
+def claim_workdir(
+    workdir: Path,
+    settings: dict[str, Any],
+    params: Params,
+    *,
+    results: Path,
+    free: Collection[str],
+) -> None:
     """Writes ``config.json``; if there are results, checks that they fit it.
 
     It also holds a digest of the parameters: the same name may stand for others now.
+
+    Args:
+      workdir: the working directory.
+      settings: of the run, in terms of JSON.
+      params: of the model.
+      results: the folder of the results; there are some if it is not empty.
+      free: keys that change no number, and may differ from one call to the next.
 
     Raises:
       UsageError: the results have other settings.
     """
     path = workdir / "config.json"
-    settings = json.loads(config.to_json_best_effort())
+    settings = json.loads(json.dumps(settings))
     settings["parameters_sha256"] = _digest(params)
-    if path.exists() and (workdir / IMAGES).exists():
+    if path.exists() and results.is_dir() and any(results.iterdir()):
         earlier = json.loads(path.read_text())
         changed = [
             f"{name} was {earlier.get(name)!r} and is now {settings.get(name)!r}"
             for name in sorted(earlier.keys() | settings.keys())
-            if name not in _FREE and earlier.get(name) != settings.get(name)
+            if name not in free and earlier.get(name) != settings.get(name)
         ]
         if changed:
             raise UsageError(
