@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from wf_vit.errors import UsageError
+from wf_vit.tasks import show_own_log
 
 _DEFAULT = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,9 +36,6 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config.task not in _TASKS:
         raise UsageError(f"config.task is {config.task!r}: choose one of {[*_TASKS]}.")
-    # Late, so that --help and a misspelt flag do not wait for it.
-    from wf_vit.tasks import show_own_log
-
     show_own_log()
     if "distributed" in config:
         from wf_vit.train import parallel
