@@ -1,6 +1,7 @@
 """Settings of all tests: four devices, shapes and dtypes enforced."""
 
 import os
+import shutil
 from pathlib import Path
 
 # Before JAX starts: the multi-device tests need several devices on any machine.
@@ -32,3 +33,33 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the data folder shared/ beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, without a window; its tests skip without it."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+        "--window-size=1100,1000",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability(
+        "goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"}
+    )
+    service = webdriver.ChromeService(chromedriver)
+    with webdriver.Chrome(options=options, service=service) as driver:
+        yield driver

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from configs.explain import get_config
+from tests.explorer import Explorer, assert_shows
 from wf_vit import fields
 from wf_vit import indicators as matrices
 from wf_vit.errors import UsageError
@@ -489,9 +490,9 @@ def test_results_of_other_settings_are_not_mixed(photographs, tmp_path, windowfr
     explain(config, workdir)
     config.batch_size = 3
     explain(config, workdir)
-    with pytest.raises(UsageError, match=r"mass was 0\.9 and is now 0\.5"):
-        explain(make_config(**one, **DATA_ONLY, mass=0.5), workdir)
-    assert json.loads((workdir / "config.json").read_text())["mass"] == 0.9
+    with pytest.raises(UsageError, match=r"mass was 0\.5 and is now 0\.9"):
+        explain(make_config(**one, **DATA_ONLY, mass=0.9), workdir)
+    assert json.loads((workdir / "config.json").read_text())["mass"] == 0.5
     other = make_config(windowfree_run, **one, **DATA_ONLY)
     with pytest.raises(UsageError, match="parameters_sha256"):
         explain(other, workdir)
@@ -540,3 +541,20 @@ def test_the_task_needs_no_tensorflow():
     ).stdout.split()
     assert "wf_vit.explain" in modules
     assert not {"tensorflow", "clu", "tensorflow_datasets"} & set(modules)
+
+
+@pytest.mark.browser
+def test_the_page_shows_the_numbers_of_the_data(browser, photographs, tmp_path):
+    image = photographs / "b.png"
+    explain(make_config(images=str(image), figures=False), tmp_path)
+    arrays = arrays_of(tmp_path, "b.png")
+    visit = Explorer(browser, tmp_path / "images/b.png/page.html", GRID)
+    visit.open("#layer0=1")
+    for patch in (0, 9, 23):
+        visit.hover(patch)
+        assert_shows(visit, patch, arrays["impact/propagated"][1])
+        box = arrays["field/box"][1, patch]
+        np.testing.assert_allclose(visit.field()[:4], box, atol=0.06)
+        arrow = np.abs(arrays["field/displacement"][1, patch])
+        np.testing.assert_allclose(visit.field()[4:], arrow, atol=0.02)
+    assert visit.complaints() == []

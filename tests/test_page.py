@@ -4,13 +4,13 @@ import base64
 import html
 import json
 import re
-import shutil
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.explorer import TOLERANCE, Explorer, assert_shows, percent
 from wf_vit import page
 from wf_vit.errors import UsageError
 from wf_vit.fields import responsive_field
@@ -171,139 +171,10 @@ def test_no_indicator_is_an_error():
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not chromedriver:
-        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-        "--window-size=1100,1000",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability(
-        "goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"}
-    )
-    service = webdriver.ChromeService(chromedriver)
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
-
-
-class Explorer:
-    """The page as a visitor meets it."""
-
-    def __init__(self, driver, path):
-        self.driver = driver
-        self.url = path.as_uri()
-
-    def open(self, link=""):
-        # The same address with another hash would not load anew.
-        self.driver.get("about:blank")
-        for kind in ("browser", "performance"):
-            self.driver.get_log(kind)
-        self.driver.get(self.url + link)
-        self.until(lambda: "Patch" in self.read(".patch"))
-
-    def until(self, condition):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.driver, 20, 0.02).until(lambda _: condition())
-
-    def find(self, selector):
-        return self.driver.find_elements("css selector", selector)
-
-    def read(self, selector, panel=0):
-        return self.find(selector)[panel].text
-
-    def choose(self, selector, value, event="change", panel=0):
-        self.driver.execute_script(
-            "const [element, value, event] = arguments; element.value = value;"
-            "element.dispatchEvent(new Event(event, {bubbles: true}));",
-            self.find(selector)[panel],
-            str(value),
-            event,
-        )
-
-    def hover(self, patch, *, click=False):
-        from selenium.webdriver import ActionChains
-
-        canvas = self.find(".grid")[0]
-        row, column = divmod(patch, GRID[1])
-        x = ((column + 0.5) / GRID[1] - 0.5) * canvas.size["width"]
-        y = ((row + 0.5) / GRID[0] - 0.5) * canvas.size["height"]
-        actions = ActionChains(self.driver)
-        actions.move_to_element_with_offset(canvas, int(x), int(y))
-        (actions.click() if click else actions).perform()
-
-    def press(self, *keys):
-        for key in keys:
-            self.find(".grid")[0].send_keys(key)
-
-    def table(self, panel=0):
-        """Returns what the patch listens to, and who listens to it, by patch."""
-        columns = ({}, {})
-        for row in self.find("table")[panel].find_elements("css selector", "tbody tr"):
-            cells = [cell.text for cell in row.find_elements("css selector", "td")]
-            for side, column in enumerate(columns):
-                y, x = map(int, re.findall(r"\d+", cells[2 * side]))
-                column[y * GRID[1] + x] = percent(cells[2 * side + 1])
-        return columns
-
-    def complaints(self):
-        """Returns console errors and requests other than the page itself."""
-        errors = [
-            entry
-            for entry in self.driver.get_log("browser")
-            if entry["level"] in ("SEVERE", "WARNING")
-        ]
-        for entry in self.driver.get_log("performance"):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                url = message["params"]["request"]["url"]
-                if not url.startswith((self.url, "data:", "about:")):
-                    errors.append(url)
-        return errors
-
-
-@pytest.fixture(scope="module")
-def explorer(driver, text, tmp_path_factory):
+def explorer(browser, text, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(text, encoding="utf-8")
-    return Explorer(driver, path)
-
-
-# Half of the last digit shown, and the coding's error at 255 levels.
-TOLERANCE = 5e-5 + 0.004
-
-
-def percent(words):
-    return float(re.search(r"([\d.]+) %", words).group(1)) / 100
-
-
-def assert_shows(explorer, patch, impact, panel=0):
-    """Checks one panel's table against rows and columns of the true shares."""
-    row, column = divmod(patch, GRID[1])
-    explorer.until(
-        lambda: explorer.read(".patch", panel).startswith(f"Patch ({row}, {column})")
-    )
-    shares = impact / impact.sum(-1, keepdims=True)
-    listens, heard = explorer.table(panel)
-    for shown, true in ((listens, shares[patch]), (heard, shares[:, patch])):
-        assert len(shown) == 5
-        assert min(shown.values()) >= np.sort(true)[-6] - 0.01
-        for other, value in shown.items():
-            assert abs(value - true[other]) < TOLERANCE
+    return Explorer(browser, path, GRID)
 
 
 @pytest.mark.browser
@@ -314,11 +185,10 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
     field = responsive_field(jnp.asarray(FUSED[1]), GRID, mass=MASS)
     words = explorer.read(".measured")
     assert words.startswith("Field of 80 %")
-    numbers = [
-        float(number) for number in re.findall(r"([\d.]+) (?:left|up|ri|do)", words)
-    ]
-    np.testing.assert_allclose(numbers[:4], field.box[8], atol=0.06)
-    np.testing.assert_allclose(numbers[4:], np.abs(field.displacement[8]), atol=0.02)
+    np.testing.assert_allclose(explorer.field()[:4], field.box[8], atol=0.06)
+    np.testing.assert_allclose(
+        explorer.field()[4:], np.abs(field.displacement[8]), atol=0.02
+    )
     area = words.partition("area ")[2]
     assert percent(area) == pytest.approx(float(field.area[8]), abs=1e-4)
 
