@@ -137,7 +137,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     template = init_state(experiment.params, optimizer, ema=config.ema_decay > 0)
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(template, which=config.evaluate_checkpoint)
-    metrics = evaluate_splits(experiment, state.eval_params)
+    metrics = evaluate_splits(experiment, parallel.spread(state.eval_params))
     print(json.dumps({"step": int(state.step), **metrics}))
     return metrics
 

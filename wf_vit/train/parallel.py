@@ -67,6 +67,13 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.device_get(tree)
 
 
+def spread(tree: PyTree) -> PyTree:
+    """Hands a tree to all devices, each of which has the whole of it."""
+    mesh = jax.sharding.Mesh(jax.devices(), AXIS)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(to_host(tree), everywhere)
+
+
 def map_update(step: Callable, shared: PyTree = None) -> Callable:
     """Maps ``step(state, batch, shared) -> (state, metrics)`` over all devices.
 
@@ -84,9 +91,7 @@ def map_update(step: Callable, shared: PyTree = None) -> Callable:
     mapped = jax.pmap(
         step, AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
     )
-    mesh = jax.sharding.Mesh(jax.devices(), AXIS)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    shared = jax.device_put(to_host(shared), everywhere)
+    shared = spread(shared)
     return lambda state, batch: mapped(state, batch, shared)
 
 
