@@ -86,14 +86,27 @@ def make_epoch(step: Callable, config: ml_collections.ConfigDict) -> Callable:
         return jax.lax.scan(update, state, (order, jax.random.split(crop_key, count)))
 
     axes = state_axes(config)
-    mapped = jax.vmap(epoch_of, in_axes=(axes, 0, None, None, None), out_axes=(axes, 0))
+    mapped = over_seeds(epoch_of, (axes, 0, None, None, None), (axes, 0))
     return jax.jit(mapped, donate_argnums=(0,))
 
 
+def one_by_one() -> bool:
+    """Returns whether seeds run in turn: a CPU is slower at batched small products."""
+    return jax.default_backend() == "cpu"
+
+
+def over_seeds(function: Callable, in_axes: Any, out_axes: Any = 0) -> Callable:
+    """Maps a function over seeds: all at once, or within the program one by one."""
+    if one_by_one():
+        function = jax.custom_batching.sequential_vmap(function)
+    return jax.vmap(function, in_axes=in_axes, out_axes=out_axes)
+
+
 def state_axes(config: ml_collections.ConfigDict) -> TrainState:
-    """Returns where the seeds' axis is: all have the same step."""
+    """Returns where the seeds' axis is: seeds that run at once share the step."""
+    step = 0 if one_by_one() else None
     ema = 0 if config.ema_decay else None
-    return TrainState(step=None, params=0, opt_state=0, ema_params=ema)
+    return TrainState(step=step, params=0, opt_state=0, ema_params=ema)
 
 
 def make_evaluation(model: ViT, config: ml_collections.ConfigDict) -> Callable:
@@ -120,7 +133,7 @@ def make_evaluation(model: ViT, config: ml_collections.ConfigDict) -> Callable:
         zeros = {name: jnp.zeros(()) for name in ("top1", "loss", "count")}
         return jax.lax.scan(add, zeros, batches)[0]
 
-    return jax.jit(jax.vmap(evaluate, in_axes=(0, None)))
+    return jax.jit(over_seeds(evaluate, (0, None)))
 
 
 class Sweep:
@@ -223,9 +236,8 @@ class Sweep:
     def first_state(self) -> TrainState:
         """Returns the parameters of the first seed, without the optimizer's state."""
         first = jax.tree.map(lambda leaf: leaf[0], self.states.eval_params)
-        return TrainState(
-            step=self.states.step, params=first, opt_state={}, ema_params=None
-        )
+        step = self.states.step.reshape(-1)[0]
+        return TrainState(step=step, params=first, opt_state={}, ema_params=None)
 
 
 def forward_flops(model: ViT) -> float:

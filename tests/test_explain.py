@@ -206,7 +206,8 @@ def test_the_arrays_are_what_the_library_computes(run, photographs):
         np.testing.assert_allclose(
             arrays[f"impact/{name}"], impact, rtol=2e-4, atol=1e-7
         )
-    field = fields.responsive_field(propagated.impact[:, 0], GRID)
+    mass = make_config().mass
+    field = fields.responsive_field(propagated.impact[:, 0], GRID, mass=mass)
     for part, array in field._asdict().items():
         np.testing.assert_allclose(arrays[f"field/{part}"], array, atol=2e-4)
     np.testing.assert_allclose(
