@@ -102,8 +102,16 @@ class Network:
     def impacts(self, image, layers: tuple[int, ...], key) -> dict[str, np.ndarray]:
         """Returns every indicator of one image, ``[L, P, P]``, seeds in front."""
         prefix = {"num_prefix_tokens": self.model.num_prefix_tokens}
-        (recorded,) = recording.record(self.model, self.params, image, layers=layers)
-        attention, values = recorded.attention[:, 0], recorded.values[:, 0]
+        (recorded,) = recording.record(self.model, self.params, image)
+        stretch = indicators.expected_stretch(
+            recorded.attention,
+            recording.head_gain(self.model, self.params),
+            recorded.scale,
+        )[np.array(layers), 0, self.model.num_prefix_tokens :, None]
+        attention, values = (
+            recorded.attention[np.array(layers), 0],
+            recorded.values[np.array(layers), 0],
+        )
         indicator = functools.partial(
             indicators.interaction_indicator, attention, grid=self.model.grid, **prefix
         )
@@ -114,6 +122,7 @@ class Network:
             *recording.output_projection(self.model, self.params, layers),
             **prefix,
         )
+        impacts["knockout, stretched"] = stretch * impacts["knockout"]
         seeds = jax.random.split(key, _PROBE_SEEDS.value)
         for target, shrink in itertools.product(PROPAGATED, (True, False)):
             name = f"propagated {target}" + ("" if shrink else ", not shrunk")

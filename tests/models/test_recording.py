@@ -119,6 +119,36 @@ def test_the_stated_memory_is_what_is_returned(params, images, layers):
     assert size == len(images) * recording.bytes_per_image(MODEL, layers)
 
 
+def test_the_scales_are_what_the_layer_norms_divide_by(params, images):
+    (batch,) = recording.record(MODEL, params, images)
+    streams = [MODEL.apply({"params": params}, jnp.asarray(images), method="embed")]
+    for layer in range(MODEL.depth):
+        stream, _ = MODEL.apply(
+            {"params": params}, streams[-1], start=layer, stop=layer + 1, method="encode"
+        )
+        streams.append(stream)
+    expected = jnp.sqrt(jnp.stack(streams).var(-1) + MODEL.norm_epsilon)
+    np.testing.assert_allclose(batch.scale, expected, rtol=1e-5)
+
+
+def test_the_gain_of_a_head_is_that_of_its_map(params):
+    gain = recording.head_gain(MODEL, params)
+    assert gain.shape == (MODEL.depth, MODEL.num_heads)
+    block = params["blocks_1"]
+    norm, attention = block["attention_norm"]["scale"], block["attention"]
+
+    def write(stream, head):
+        normed = (stream - stream.mean()) * norm
+        value = normed @ attention["value"]["kernel"][:, head]
+        return value @ attention["out"]["kernel"][head] * block["attention_scale"]
+
+    directions = jnp.eye(MODEL.width)
+    for head in range(MODEL.num_heads):
+        written = jax.vmap(write, in_axes=(0, None))(directions, head)
+        expected = jnp.sqrt(jnp.square(written).sum() / MODEL.width)
+        assert float(gain[1, head]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_documented_size_of_a_small_vit():
     model = ViT(0, (224, 224), (14, 14), 384, 12, 1536, 6)
     assert round(recording.bytes_per_image(model) / 1e6, 1) == 24.2

@@ -21,12 +21,14 @@ from wf_vit.indicators.attention import (
 )
 from wf_vit.indicators.knockout import knockout_effect, knockout_impact
 from wf_vit.indicators.propagated import PropagatedKnockout, propagated_knockout
+from wf_vit.indicators.stretch import expected_stretch
 
 __all__ = [
     "HeadFusion",
     "Method",
     "PropagatedKnockout",
     "attention_rollout",
+    "expected_stretch",
     "interaction_indicator",
     "knockout_effect",
     "knockout_impact",

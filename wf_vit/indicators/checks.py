@@ -10,7 +10,14 @@ from wf_vit.errors import UsageError
 
 # A softmax in bfloat16 leaves rows up to 4e-3 away from 1.
 _ROW_SUM_TOLERANCE = 1e-2
-_FINITE = ("values", "output_kernel", "residual_scale", "cotangents")
+_FINITE = (
+    "values",
+    "output_kernel",
+    "residual_scale",
+    "cotangents",
+    "head_gain",
+    "token_scale",
+)
 
 
 def checked(*static: str):

@@ -32,12 +32,15 @@ class Recording(NamedTuple):
     Attributes:
       attention: weights after the softmax; rows sum to 1.
       values: value vectors.
+      scale: what the layer norm before each chosen layer divides each token by, and,
+        last, the final norm.
       tokens: the residual stream after the final norm.
       logits: of the head, or the pooled representation of a model without one.
     """
 
     attention: Float[Array, "L B H N N"]
     values: Float[Array, "L B N H K"]
+    scale: Float[Array, "layers_and_1 B N"]
     tokens: Float[Array, "B N D"]
     logits: Float[Array, "B C"]
 
@@ -57,14 +60,15 @@ class OutputProjection(NamedTuple):
 def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
     """Returns the size in bytes of one image in a ``Recording``, all in float32.
 
-    ``4 (L H N^2 + L N D + N D + C)``: 24.2 MB for all layers of a ViT-S/14 at 224
+    ``4 (L H N^2 + (L + 1) N (D + 1) + C)``: 24.2 MB for all layers of a ViT-S/14 at 224
     pixels, nearly all of it attention, which grows with the fourth power of the
     image's side.
     """
     count = len(_check_layers(model, layers))
     tokens = model.num_tokens
     attention = count * model.num_heads * tokens**2
-    return 4 * (attention + (count + 1) * tokens * model.width + model.num_classes)
+    streams = (count + 1) * tokens * (model.width + 1)
+    return 4 * (attention + streams + model.num_classes)
 
 
 def output_projection(
@@ -77,6 +81,27 @@ def output_projection(
         scale = jnp.stack([block["attention_scale"] for block in blocks])
     kernels = [block["attention"]["out"]["kernel"] for block in blocks]
     return OutputProjection(jnp.stack(kernels), scale)
+
+
+def head_gain(model: ViT, params: Params) -> Float[Array, "L H"]:
+    """Returns how far each head stretches what it is given, all directions alike.
+
+    The root mean square over random directions, for ``indicators.expected_stretch``:
+    the Frobenius norm of the map from the normalised stream to what the head writes,
+    with the norm's scale and LayerScale, over the square root of the width.
+    """
+    output_kernel, residual_scale = output_projection(model, params)
+    if residual_scale is not None:
+        output_kernel = output_kernel * residual_scale[:, None, None]
+    blocks = [params[f"blocks_{layer}"] for layer in range(model.depth)]
+    norms = jnp.stack([block["attention_norm"]["scale"] for block in blocks])
+    kernels = jnp.stack([block["attention"]["value"]["kernel"] for block in blocks])
+    kernels = kernels * norms[..., None, None]
+    # A layer norm takes the mean of a token away first.
+    kernels = kernels - kernels.mean(1, keepdims=True)
+    read = jnp.einsum("ldhj,ldhk->lhjk", kernels, kernels)
+    written = jnp.einsum("lhjd,lhkd->lhjk", output_kernel, output_kernel)
+    return jnp.sqrt((read * written).sum((-1, -2)) / model.width)
 
 
 def record(
@@ -112,6 +137,7 @@ def record(
         yield Recording(
             attention=recording.attention[:, :count],
             values=recording.values[:, :count],
+            scale=recording.scale[:, :count],
             tokens=recording.tokens[:count],
             logits=recording.logits[:count],
         )
@@ -294,6 +320,7 @@ def _forward(
     return outputs, Recording(
         attention=jnp.stack([r["attention"] for r in records]),
         values=jnp.stack([r["values"] for r in records]),
+        scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
         tokens=tokens,
         logits=logits,
     )

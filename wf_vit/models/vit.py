@@ -63,6 +63,11 @@ class Mlp(nn.Module):
         return dense(x.shape[-1], "down")(hidden)
 
 
+def token_scale(x: Float[Array, "B N D"], epsilon: float) -> Float[Array, "B N"]:
+    """Returns what a layer norm divides each token by."""
+    return jnp.sqrt(x.astype(jnp.float32).var(-1) + epsilon)
+
+
 class Block(nn.Module):
     """One pre-norm transformer block, with LayerScale and stochastic depth.
 
@@ -111,6 +116,8 @@ class Block(nn.Module):
         attended, fields, recorded = SelfAttention(
             **self.attention, dtype=self.dtype, name="attention"
         )(norm("attention_norm")(x), bias, record, patches, stream=x)
+        if record:
+            recorded["scale"] = token_scale(x, self.norm_epsilon)
         x = x + residual("attention_scale", attended)
         # The gradient here is what the propagated indicator is made of.
         x = self.perturb("after_attention", x)
@@ -359,8 +366,9 @@ class ViT(nn.Module):
 
         Returns:
           The residual stream after the last block run, and a dict: ``records``, from
-          the layer's index to ``attention [B H N N]`` and ``values [B N H K]``; and
-          ``fields``, from the layer's index to its fields, for layers that have them.
+          the layer's index to ``attention [B H N N]``, ``values [B N H K]`` and
+          ``scale [B N]``, what its layer norm divides each token by; and ``fields``,
+          from the layer's index to its fields, for layers that have them.
 
         Raises:
           UsageError: a layer to record does not run, ``bias`` has not L entries, or
@@ -408,8 +416,9 @@ class ViT(nn.Module):
 
         Returns:
           The logits in float32 (without a head, the pooled representation), and a
-          dict: ``tokens [B N D]`` after the final norm and ``pooled``, what the head
-          reads: ``[B D]``, unless ``pool`` or ``representation_size`` widens it.
+          dict: ``tokens [B N D]`` after the final norm, ``scale [B N]``, what it divides
+          each by, and ``pooled``, what the head reads: ``[B D]``, unless ``pool`` or
+          ``representation_size`` widens it.
         """
         normed = self.norm(tokens)
         source = tokens if self.pool_before_norm else normed
@@ -426,7 +435,8 @@ class ViT(nn.Module):
             pooled = self.norm(pooled)
         if self.representation_size:
             pooled = nn.tanh(self.representation(pooled))
-        out = {"tokens": normed, "pooled": pooled}
+        scale = token_scale(tokens, self.norm_epsilon)
+        out = {"tokens": normed, "scale": scale, "pooled": pooled}
         if not self.num_classes:
             return pooled.astype(jnp.float32), out
         logits = self.head(pooled.astype(jnp.float32))
