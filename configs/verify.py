@@ -10,6 +10,7 @@ results/verify has those of two CIFAR-10 models and of a DINOv2, with their cost
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,6 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     # What wf_vit.models.pretrained.load opens: a run folder of this package, .npz,
     # .safetensors, .pth, a folder with one of them, or hf://owner/name.
     config.weights = ""
+    # Side in pixels; None: the checkpoint's own. Cost and memory grow with the fourth
+    # power. For (height, width) assign it within `config.ignore_type()`.
+    config.image_size = config_dict.placeholder(int)
     # What to read, as in wf_vit.data.config: "digits", "folder" or a TFDS name. Sizes
     # and normalisation are the checkpoint's. Top-1 is measured if the checkpoint's head
     # has as many classes as the data set; photographs without classes, in one folder

@@ -137,6 +137,7 @@ def test_first_layers_of_quarters():
         ({"protocols": ()}, "name some of windows"),
         ({"layers": (0, 2)}, "0 to 1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"image_size": 18}, "18"),
         ({"split": "validation"}, "validation"),
     ],
 )

@@ -48,7 +48,7 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         other settings.
     """
     protocols = _protocols(config)
-    loaded = pretrained.load(config.weights)
+    loaded = pretrained.load(config.weights, image_size=config.image_size)
     data = _data(config, loaded)
     info = pipeline.describe(data)
     subject = Subject(
