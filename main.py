@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from wf_vit.errors import UsageError
-from wf_vit.tasks import show_own_log
+from wf_vit.tasks import check_task, show_own_log
 
 _DEFAULT = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
@@ -34,8 +34,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UsageError(f"Unexpected arguments {argv[1:]}: settings are --flags.")
     config = _CONFIG.value
-    if config.task not in _TASKS:
-        raise UsageError(f"config.task is {config.task!r}: choose one of {[*_TASKS]}.")
+    check_task(config)
     show_own_log()
     if "distributed" in config:
         from wf_vit.train import parallel

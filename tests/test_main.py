@@ -34,6 +34,8 @@ def run(*arguments):
         (["--config=configs/windowfree.py:fast"], "runlocal"),
         (["--config.batch_size=many"], "many"),
         (["--config.task=trian"], "choose one of"),
+        (["--config.task=explain"], r"no 'images': pass.*configs/explain\.py"),
+        (["--config=configs/verify.py", "--config.task=train"], "no 'model': pass"),
         (["--config=configs/explain.py"], "pass a checkpoint and a photograph"),
         (["--config=configs/explain.py", "--config.indicators=odd"], "odds"),
         (["--config=configs/verify.py"], "--config.weights=runs"),

@@ -11,10 +11,35 @@ from typing import Any
 
 import absl.logging
 import jax
+import ml_collections
 import numpy as np
 
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
+
+
+# Of each task, what its configs have and those of the others lack.
+_OWN_KEYS = {
+    "train": "model",
+    "evaluate": "model",
+    "explain": "images",
+    "verify": "protocols",
+}
+
+
+def check_task(config: ml_collections.ConfigDict) -> None:
+    """Raises UsageError unless ``config.task`` is a task that the config is made for."""
+    if config.task not in _OWN_KEYS:
+        raise UsageError(
+            f"config.task is {config.task!r}: choose one of {', '.join(_OWN_KEYS)}."
+        )
+    key = _OWN_KEYS[config.task]
+    if key not in config:
+        raise UsageError(
+            f"config.task is {config.task!r}, but the config has no {key!r}: pass a "
+            "config of that task, such as configs/explain.py, configs/verify.py, or "
+            "configs/digits.py to train and evaluate."
+        )
 
 
 def show_own_log() -> None:
