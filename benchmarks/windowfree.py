@@ -7,7 +7,8 @@ All seeds of a variant train at once, in one program on one device; the images l
 its memory, and batches are drawn and augmented there. No TensorFlow is needed. Each
 variant leaves OUTPUT/NAME.json when it is done, and is skipped when that is there, so
 that the command can be repeated; then OUTPUT/summary.md and summary.json are made of
-all there are. Teachers leave a run folder, OUTPUT/runs/NAME, of their first seed.
+all there are. The variants in SAVED leave a run folder, OUTPUT/runs/NAME, of their
+first seed: the teacher, and whose fields benchmarks.field_overlap looks at.
 
 The size is that of configs/cifar10.py, every key of which can be overridden:
 
@@ -47,6 +48,7 @@ TEACHER = "vit"
 # Thresholds at which a model with fields is evaluated in hard mode, in the end.
 HARD = (0.05, 0.25, 0.5)
 BASELINE, UNGUIDED = "vit", "winft"
+SAVED = (TEACHER, UNGUIDED, "winft_guided")
 _GUIDED = {"guidance.weight": 1.0, "guidance.teacher": TEACHER}
 _UNTAUGHT = {"guidance.weight": 1.0}
 
@@ -139,7 +141,7 @@ def run_variant(
         top1 = " ".join(f"{100 * value:.2f}" for value in row["test/top1"])
         speed = row["train_images_per_second"]
         print(f"{name}  epoch {row['epoch']}  {top1} %  {speed:.0f} images/s")
-    if name == TEACHER:
+    if name in SAVED:
         save_run(folder / "runs" / name, sweep, class_names)
     fielded = config.model.name in registry.FIELD_MODELS
     hard = [sweep.hard(threshold) for threshold in HARD if fielded]
