@@ -17,7 +17,6 @@ import numpy as np
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
 
-
 # Of each task, what its configs have and those of the others lack.
 _OWN_KEYS = {
     "train": "model",
@@ -28,7 +27,7 @@ _OWN_KEYS = {
 
 
 def check_task(config: ml_collections.ConfigDict) -> None:
-    """Raises UsageError unless ``config.task`` is a task that the config is made for."""
+    """Raises UsageError unless the config is made for its ``config.task``."""
     if config.task not in _OWN_KEYS:
         raise UsageError(
             f"config.task is {config.task!r}: choose one of {', '.join(_OWN_KEYS)}."

@@ -1,7 +1,6 @@
 """The expected stretch: against networks of random maps, and what it refuses."""
 
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -65,12 +64,9 @@ def test_images_are_independent_of_one_another():
         (1, lambda gain: gain * jnp.nan, "head_gain"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_arrays_that_do_not_fit_are_refused(place, change, message):
     arrays = list(random_arrays())
     arrays[place] = change(arrays[place])
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(UsageError, match=message):
-            indicators.expected_stretch(*arrays)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(UsageError, match=message):
+        indicators.expected_stretch(*arrays)

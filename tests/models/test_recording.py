@@ -121,11 +121,11 @@ def test_the_stated_memory_is_what_is_returned(params, images, layers):
 
 def test_the_scales_are_what_the_layer_norms_divide_by(params, images):
     (batch,) = recording.record(MODEL, params, images)
-    streams = [MODEL.apply({"params": params}, jnp.asarray(images), method="embed")]
+    apply = functools.partial(MODEL.apply, {"params": params})
+    streams = [apply(jnp.asarray(images), method="embed")]
     for layer in range(MODEL.depth):
-        stream, _ = MODEL.apply(
-            {"params": params}, streams[-1], start=layer, stop=layer + 1, method="encode"
-        )
+        stop = layer + 1
+        stream, _ = apply(streams[-1], start=layer, stop=stop, method="encode")
         streams.append(stream)
     expected = jnp.sqrt(jnp.stack(streams).var(-1) + MODEL.norm_epsilon)
     np.testing.assert_allclose(batch.scale, expected, rtol=1e-5)

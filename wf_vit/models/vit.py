@@ -416,9 +416,9 @@ class ViT(nn.Module):
 
         Returns:
           The logits in float32 (without a head, the pooled representation), and a
-          dict: ``tokens [B N D]`` after the final norm, ``scale [B N]``, what it divides
-          each by, and ``pooled``, what the head reads: ``[B D]``, unless ``pool`` or
-          ``representation_size`` widens it.
+          dict: ``tokens [B N D]`` after the final norm; ``scale [B N]``, what that
+          divides each token by; and ``pooled``, what the head reads: ``[B D]``, unless
+          ``pool`` or ``representation_size`` widens it.
         """
         normed = self.norm(tokens)
         source = tokens if self.pool_before_norm else normed
