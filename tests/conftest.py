@@ -11,11 +11,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 # Every shape and type in a signature of the package is checked when it is called.
-install_import_hook("wf_vit", "beartype.beartype").__enter__()
+jaxtyping.install_import_hook("wf_vit", "beartype.beartype").__enter__()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,6 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Many tests compile the same training step; the second time it is read from here.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def no_type_checks():
+    """Runs as users do: the errors are ours, not those of the type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -14,14 +13,6 @@ from wf_vit.grid import coordinates
 
 GRID = (3, 4)
 PATCHES = 12
-
-
-@pytest.fixture
-def no_type_checks():
-    """Runs as users do: the errors are ours, not those of the type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def one_hot_at(shift):

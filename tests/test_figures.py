@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Ellipse, Rectangle
-from matplotlib.text import Text
 
+from tests.paper import assert_fits_the_paper
 from wf_vit import figures
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
@@ -63,17 +63,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_cut_or_too_small_to_read(name):
-    figure = FIGURES[name]()
-    assert figure.get_figwidth() == figures.COLUMN
-    figure.draw_without_rendering()  # Lays it out.
-    drawn, page = figure.get_tightbbox(), figure.bbox_inches
-    assert drawn.x0 >= page.x0 - 0.01
-    assert drawn.y0 >= page.y0 - 0.01
-    assert drawn.x1 <= page.x1 + 0.01
-    assert drawn.y1 <= page.y1 + 0.01
-    texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
-    assert texts
-    assert min(text.get_fontsize() for text in texts) >= 6
+    assert_fits_the_paper(FIGURES[name]())
 
 
 @pytest.mark.parametrize("name", ["tendency", "learned_fields"])

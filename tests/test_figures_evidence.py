@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from tests.paper import assert_fits_the_paper
 from wf_vit import figures
 from wf_vit.errors import UsageError
 
@@ -27,16 +28,8 @@ def draw(titles, **options):
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_nothing_is_cut_or_too_small_to_read(count):
     figure = draw([f"cosine, {n}" for n in range(count)])
-    assert figure.get_figwidth() == figures.COLUMN
-    figure.draw_without_rendering()
-    drawn, page = figure.get_tightbbox(), figure.bbox_inches
-    assert drawn.x0 >= page.x0 - 0.01
-    assert drawn.y0 >= page.y0 - 0.01
-    assert drawn.x1 <= page.x1 + 0.01
-    assert drawn.y1 <= page.y1 + 0.01
-    texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
-    assert min(text.get_fontsize() for text in texts) >= 6
-    labels = [text for text in texts if text.get_text() == "kept (%)"]
+    assert_fits_the_paper(figure)
+    labels = [text for text in figure.findobj(Text) if text.get_text() == "kept (%)"]
     assert len(labels) == {1: 1, 2: 2, 3: 1, 4: 2}[count]
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(t.get_window_extent()) for t in labels)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -12,14 +11,6 @@ from wf_vit.models.attention import attend
 
 LAYERS, IMAGES, HEADS, PATCHES = 2, 3, 2, 8
 SHAPE = (LAYERS, IMAGES, HEADS, PATCHES, PATCHES)
-
-
-@pytest.fixture
-def no_type_checks():
-    """Runs as users do: the errors are ours, not those of the type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def random_scores(shape=SHAPE):

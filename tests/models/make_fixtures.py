@@ -1,4 +1,4 @@
-"""Makes the fixtures of test_pretrained.py with the libraries they stand for.
+"""Makes the fixtures of pretrained/ with the libraries they stand for.
 
     pip install -e '.[test,peers]'
     python -m tests.models.make_fixtures

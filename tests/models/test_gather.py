@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import SMALL, images_for, random_params
 from wf_vit import interventions
 from wf_vit.errors import UsageError
 from wf_vit.models.membership import FieldConfig
@@ -14,16 +15,7 @@ from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
 
 BATCH, PATCHES, START = 2, 12, 1
-SIZE = {
-    "num_classes": 7,
-    "image_size": (12, 16),
-    "patch_size": (4, 4),
-    "width": 32,
-    "depth": 3,
-    "mlp_dim": 64,
-    "num_heads": 4,
-    "num_registers": 2,
-}
+SIZE = SMALL | {"num_registers": 2}
 MODELS = {
     "vit": ViT(**SIZE),
     "mean-pooled vit": ViT(**SIZE | {"pool": "mean"}),
@@ -36,16 +28,8 @@ MODELS = {
 def network(request):
     """A model with random parameters, and the stream before layer ``START``."""
     model = MODELS[request.param]
-    images = jax.random.normal(jax.random.key(9), (BATCH, 12, 16, 3))
-    params = model.init(jax.random.key(0), images)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # Without the zeros that a fresh head and fresh fields start from.
-    params = tree.unflatten(
-        x + 0.2 * jax.random.normal(k, x.shape)
-        for x, k in zip(leaves, keys, strict=True)
-    )
-    apply = functools.partial(model.apply, {"params": params})
+    images = images_for(model, BATCH)
+    apply = functools.partial(model.apply, {"params": random_params(model, noise=0.2)})
     apply.model, apply.whole = model, apply(images)[0]
     embedded = apply(images, method="embed")
     apply.stream, _ = apply(embedded, stop=START, method="encode")

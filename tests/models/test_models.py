@@ -7,21 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import SMALL, images_for, random_params
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.membership import FieldConfig
 from wf_vit.models.vit import ViT, sincos_positions
 from wf_vit.models.windowfree import WindowFreeViT
-
-SMALL = {
-    "num_classes": 7,
-    "image_size": (12, 16),
-    "patch_size": (4, 4),
-    "width": 32,
-    "depth": 3,
-    "mlp_dim": 64,
-    "num_heads": 4,
-}
 
 # Exact sizes at 224 px and 1,000 classes: mean pooling and fixed positions, as the
 # ImageNet configs have them. A model that is not listed fails a test.
@@ -47,23 +38,6 @@ PARAMETERS = {
     ("static_fields", "mu/16"): 83_096,
     ("static_fields", "S/16"): 21_974_920,
 }
-
-
-def random_params(model, seed=0):
-    """Parameters without the zeros that a fresh head and fresh fields start from."""
-    shape = (1, *model.image_size, 3)
-    params = model.init(jax.random.key(seed), jnp.zeros(shape))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        x + 0.05 * jax.random.normal(k, x.shape)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
-
-
-def images_for(model, batch=2):
-    return jax.random.normal(jax.random.key(9), (batch, *model.image_size, 3))
 
 
 def without_fields(params):

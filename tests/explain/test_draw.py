@@ -1,0 +1,128 @@
+"""Figures and page of an image."""
+
+import base64
+import csv
+import json
+import re
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.explain.example import (
+    DATA_ONLY,
+    GRID,
+    HEADS,
+    LAYERS,
+    PATCHES,
+    arrays_of,
+    make_config,
+)
+from tests.explorer import Explorer, assert_shows
+from wf_vit.explain import draw, explain
+from wf_vit.explain.explanation import Explanation
+from wf_vit.page import coding
+
+
+def block(text, name):
+    return re.search(rf'id="data-{name}">(.*?)</script>', text, re.DOTALL).group(1)
+
+
+def test_chosen_layers_and_patch_are_the_ones_that_are_shown(photographs, tmp_path):
+    config = make_config(
+        images=str(photographs / "a.png"),
+        indicators=("mean,knockout",),
+        layers=(1,),
+        patch=8,
+        figures=False,
+    )
+    explain(config, tmp_path)
+    folder = tmp_path / "images/a.png"
+    explanation = Explanation.load(folder)
+    assert explanation.layers.tolist() == [1]
+    assert explanation.indicator == "knockout"
+    drawings = draw.image_drawings(explanation, 8)
+    for name in ("interactions", "fields", "tendency", "indiscriminative"):
+        assert drawings[name]().axes[0].get_title() == "layer 1"
+    (mark,) = drawings["interactions"]().axes[0].lines
+    np.testing.assert_allclose(mark.get_xydata(), [[2, 1]])
+    whole = arrays_of(tmp_path, "a.png")["impact/knockout"]
+    assert whole.shape == (1, PATCHES, PATCHES)
+    page = (folder / "page.html").read_text()
+    meta = json.loads(block(page, "meta"))
+    assert meta["layers"] == [1]
+    assert meta["title"] == "a.png"
+    names = [indicator["name"] for indicator in meta["indicators"]]
+    assert names == ["knockout, effect in its layer", "mean attention"]
+    coded = coding.encode(coding.row_shares(whole), 255)
+    packed = zlib.decompress(base64.b64decode(block(page, "0-fused-codes")))
+    np.testing.assert_array_equal(np.frombuffer(packed, np.uint8), coded.codes.ravel())
+
+
+def test_a_window_free_transformer_shows_learned_beside_measured(
+    windowfree_run, photographs, tmp_path
+):
+    config = make_config(
+        windowfree_run,
+        images=str(photographs / "a.png"),
+        target="pooled",
+        indicators=("rollout", "propagated"),
+        **DATA_ONLY,
+    )
+    explain(config, tmp_path)
+    explanation = Explanation.load(tmp_path / "images/a.png")
+    # Untrained fields have the initial radius on every side.
+    np.testing.assert_allclose(
+        explanation.learned.extents,
+        np.full((LAYERS, HEADS, PATCHES, 4), 1.5),
+        rtol=1e-5,
+    )
+    assert explanation.field_heads.box.shape == (LAYERS, HEADS, PATCHES, 4)
+    learned = draw.image_drawings(explanation, None)["learned"]()
+    assert [panel.get_ylabel() for panel in learned.axes] == [
+        "learned",
+        "",
+        "measured",
+        "",
+    ]
+    assert (tmp_path / "figures/field_area_heads.pdf").exists()
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert np.shape(statistics["field_area_heads"]["mean"]) == (LAYERS, HEADS)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        areas = [float(row["field_area"]) for row in csv.DictReader(file)]
+    expected = explanation.field_heads.area[1, 1].mean()
+    assert areas[-1] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_real_page_with_heads_is_small(shared, tmp_path):
+    data = pytest.importorskip("skimage.data")
+    Image.fromarray(data.chelsea()).save(tmp_path / "chelsea.png")
+    config = make_config(
+        shared / "weights/dinov2_s14.safetensors",
+        images=str(tmp_path / "chelsea.png"),
+        image_size=224,
+        heads=True,
+    )
+    explain(config, tmp_path / "run")
+    folder = tmp_path / "run/images/chelsea.png"
+    assert (folder / "page.html").stat().st_size < 5_000_000
+    assert Explanation.load(folder).field_heads.area.shape == (12, 6, 256)
+
+
+@pytest.mark.browser
+def test_the_page_shows_the_numbers_of_the_data(browser, photographs, tmp_path):
+    image = photographs / "b.png"
+    explain(make_config(images=str(image), figures=False), tmp_path)
+    arrays = arrays_of(tmp_path, "b.png")
+    visit = Explorer(browser, tmp_path / "images/b.png/page.html", GRID)
+    visit.open("#layer0=1")
+    for patch in (0, 9, 23):
+        visit.hover(patch)
+        assert_shows(visit, patch, arrays["impact/propagated"][1])
+        box = arrays["field/box"][1, patch]
+        np.testing.assert_allclose(visit.field()[:4], box, atol=0.06)
+        arrow = np.abs(arrays["field/displacement"][1, patch])
+        np.testing.assert_allclose(visit.field()[4:], arrow, atol=0.02)
+    assert visit.complaints() == []

@@ -1,0 +1,71 @@
+"""The table, the statistics and the README over all images."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.explain.example import LAYERS, NAMES, arrays_of
+from wf_vit.explain import summary
+from wf_vit.explain.explanation import ARRAYS
+
+
+def test_every_array_and_column_is_documented(run):
+    patterns = [
+        re.escape(name).replace("NAME", r"\w+").replace(r"\.\.\.", r"\w+")
+        for name in ARRAYS
+    ]
+    for name in arrays_of(run, "a.png"):
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+    text = (run / "README.md").read_text()
+    for name in (*ARRAYS, *summary.COLUMNS, *summary.STATISTICS_KEYS):
+        assert f"`{name}`" in text
+    statistics = json.loads((run / "statistics.json").read_text())
+    assert set(statistics) == set(summary.STATISTICS_KEYS) - {"field_area_heads"}
+
+
+def test_the_table_has_a_row_for_each_image_layer_and_head(run):
+    with (run / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [
+        (name, str(layer), head)
+        for name in NAMES
+        for layer in range(LAYERS)
+        for head in ("all", "0", "1")
+    ] == [(row["image"], row["layer"], row["head"]) for row in rows]
+    arrays = arrays_of(run, "more/a.png")
+    together, _, second = rows[-3:]
+    reach = [
+        float(together[f"reach_{side}"]) for side in ("left", "top", "right", "bottom")
+    ]
+    np.testing.assert_allclose(reach, arrays["field/box"][1].mean(0), rtol=1e-5)
+    arrow = arrays["field/displacement"][1]
+    got = [float(together[f"tendency_{part}"]) for part in ("x", "y", "length")]
+    expected = [*arrow.mean(0), np.linalg.norm(arrow, axis=-1).mean()]
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    area = arrays["field/area"][1]
+    assert float(together["field_area"]) == pytest.approx(area.mean())
+    assert float(together["field_area_std"]) == pytest.approx(area.std())
+    assert second["field_area"] == ""
+    distance = arrays["attention_distance"][1]
+    assert float(second["attention_distance"]) == pytest.approx(distance[1])
+    assert float(together["attention_distance"]) == pytest.approx(distance.mean())
+
+
+def test_the_statistics_are_over_all_images_and_patches(run):
+    statistics = json.loads((run / "statistics.json").read_text())
+    assert (statistics["images"], statistics["indicator"]) == (4, "propagated")
+    every = [arrays_of(run, name) for name in NAMES]
+    area = np.stack([arrays["field/area"] for arrays in every])
+    np.testing.assert_allclose(
+        statistics["field_area"]["mean"], area.mean((0, 2)), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        statistics["field_area"]["std"], area.std((0, 2)), rtol=1e-4
+    )
+    distance = np.stack([arrays["attention_distance"] for arrays in every])
+    np.testing.assert_allclose(
+        statistics["attention_distance"]["std"], distance.std(0), rtol=1e-3
+    )

@@ -1,0 +1,61 @@
+"""Runs of our own, loaded as published checkpoints are."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.models.pretrained.checkpoints import compute
+from tests.networks import random_params
+from tests.runs import small_winft, write_run
+from wf_vit.errors import UsageError
+from wf_vit.models import pretrained
+from wf_vit.models.pretrained.preprocess import Preprocess, Recipe
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two checkpoints, the second with a moving average."""
+    folder = tmp_path_factory.mktemp("run")
+    model = small_winft(num_classes=5, image_size=16, positions="learned")
+    params = random_params(model)
+    average = jax.tree.map(lambda x: x + 1, params)
+    data = {
+        "augment": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+        "resize_method": "bicubic",
+        "eval_resize": 0.875,
+    }
+    write_run(folder, model, params, step=1, data=data)
+    write_run(folder, model, params, step=12, average=average, data=data)
+    return folder, model, params
+
+
+def test_a_run_gives_what_it_would_be_evaluated_with(run_folder):
+    folder, model, params = run_folder
+    last = pretrained.load(folder)
+    assert last.model == model
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b + 1), last.params, params
+    )
+    first = pretrained.load(str(folder / "checkpoints/1"))
+    jax.tree.map(np.testing.assert_array_equal, first.params, params)
+    recipe = Recipe((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 0.875)
+    assert last.preprocess == Preprocess((16, 16), recipe)
+
+
+def test_a_run_can_be_resized_and_get_a_new_head(run_folder):
+    folder, _, _ = run_folder
+    loaded = pretrained.load(folder, image_size=(8, 24), num_classes=3)
+    assert loaded.params["position_table"].shape == (2, 6, 32)
+    logits = compute(loaded, np.zeros((1, 8, 24, 3), np.float32))["logits"]
+    assert logits.shape == (1, 3)
+
+
+def test_a_run_without_checkpoints_or_config_is_explained(tmp_path, run_folder):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UsageError, match="train first"):
+        pretrained.load(tmp_path)
+    shutil.copytree(run_folder[0] / "checkpoints", tmp_path / "b/checkpoints")
+    with pytest.raises(UsageError, match=r"config\.json is missing"):
+        pretrained.load(tmp_path / "b")
