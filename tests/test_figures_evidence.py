@@ -52,6 +52,18 @@ def test_curves_and_intervals_are_those_given():
     assert own > control
 
 
+def test_rules_aside_are_drawn_but_take_no_room():
+    figure = draw(["cosine"], aside=RULES[-1:])
+    (panel,) = figure.axes
+    drawn = [line for line in panel.lines if len(line.get_xdata())]
+    np.testing.assert_allclose(drawn[-1].get_ydata(), curve(8).mean)
+    low, high = panel.get_ylim()
+    assert low < curve(0).low.min()
+    assert curve(7).high.max() < high < curve(8).low.min()
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [*RULES[:-1], f"{RULES[-1]} (if in view)"]
+
+
 def test_a_rule_looks_the_same_in_all_panels():
     panels = {"a": {"one": curve(0), "two": curve(1)}, "b": {"two": curve(1)}}
     figure = figures.evidence(panels, "x", own=())

@@ -1,11 +1,12 @@
 """What an indicator chooses, against controls of equal size."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wf_vit.errors import UsageError
@@ -33,6 +34,7 @@ def evidence(
     xlabel: str,
     *,
     own: Collection[str],
+    aside: Collection[str] = (),
     ylabel: str = "",
     width: float = COLUMN,
 ) -> Figure:
@@ -44,6 +46,8 @@ def evidence(
       panels: curves by rule, by the title of their panel.
       xlabel: what the horizontal axis is, with its unit.
       own: the rules that are put to the test.
+      aside: rules, such as the reverse of what is tested, for which the vertical axes
+        make no room: what they would squeeze together is told apart.
       ylabel: what the vertical axes are, if the titles do not say it.
       width: of the figure, in inches.
 
@@ -77,6 +81,7 @@ def evidence(
                 )
                 if len(curve.x) <= 5:
                     panel.set_xticks(curve.x)
+            _make_room([c for rule, c in curves.items() if rule not in aside], panel)
         for panel in axes.flat[len(panels) :]:
             panel.remove()
         handles = [
@@ -88,5 +93,15 @@ def evidence(
             panel.set_xlabel(xlabel)
         for panel in axes[:, 0]:
             panel.set_ylabel(ylabel)
-        figure.legend(handles, rules, loc="outside lower center", ncols=2)
+        names = [f"{rule} (if in view)" if rule in aside else rule for rule in rules]
+        figure.legend(handles, names, loc="outside lower center", ncols=2)
     return figure
+
+
+def _make_room(curves: Sequence[Curve], panel: Axes) -> None:
+    """Fits the vertical axis to some of the curves."""
+    ends = np.array([end for curve in curves for end in (*curve.low, *curve.high)])
+    ends = ends[np.isfinite(ends)]
+    if ends.size:
+        margin = 0.05 * np.ptp(ends) or 0.05
+        panel.set_ylim(ends.min() - margin, ends.max() + margin)

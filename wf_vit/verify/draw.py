@@ -9,9 +9,10 @@ from wf_vit.figures import Curve, evidence
 from wf_vit.verify.network import map_names
 from wf_vit.verify.pixels import STEPS
 from wf_vit.verify.removal import OWN as REMOVAL_OWN
+from wf_vit.verify.removal import RULES as REMOVAL_RULES
 from wf_vit.verify.subject import FILLS
 from wf_vit.verify.summary import Summary, measured
-from wf_vit.verify.windows import OWN
+from wf_vit.verify.windows import OWN, RULES
 
 _TITLES = {
     "top1": "top-1 (%)",
@@ -39,7 +40,8 @@ def _windows(summary: Summary) -> Iterator[tuple[str, Figure]]:
         _TITLES[measure]: _over_shares(measures[measure], measure)
         for measure in measured(summary)
     }
-    yield "windows", evidence(panels, "interactions kept (%)", own=(OWN,))
+    figure = evidence(panels, "interactions kept (%)", own=(OWN,), aside=RULES[-1:])
+    yield "windows", figure
 
 
 def _removal(summary: Summary) -> Iterator[tuple[str, Figure]]:
@@ -49,7 +51,11 @@ def _removal(summary: Summary) -> Iterator[tuple[str, Figure]]:
             for layer, by_rule in summary["measures"][measure].items()
         }
         figure = evidence(
-            panels, "patches removed (%)", ylabel=_TITLES[measure], own=REMOVAL_OWN
+            panels,
+            "patches removed (%)",
+            own=REMOVAL_OWN,
+            aside=REMOVAL_RULES[-1:],
+            ylabel=_TITLES[measure],
         )
         yield f"removal_{measure}", figure
 
