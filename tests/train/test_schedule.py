@@ -131,6 +131,24 @@ def test_layer_decay_scales_the_whole_update():
     np.testing.assert_allclose(updates[0.5][kernel], updates[1.0][kernel] / 8)
 
 
+def test_adam_sees_the_gradient_of_wide_fields():
+    """Gradients of 1e-10 move wide fields by the whole rate, and nothing else."""
+    config = config_with(total_steps=100, warmup_steps=0)
+    config.model.name = "windowfree"
+    model = registry.create_model(config.model, num_classes=3, image_size=32)
+    params = state.init_params(model, seed=0)
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-10), params)
+    for radii in ((0.0,), (1.5,)):
+        config.model.fields.radii = radii
+        optimizer = schedule.make_optimizer(config, schedule.durations(config, 1000))
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        for names, update in traverse_util.flatten_dict(updates).items():
+            if names[-1] == "bias":  # Without weight decay.
+                moved = "field" in names and 0.0 in radii
+                share = -float(update.mean()) / config.optimizer.learning_rate
+                assert share == pytest.approx(1.0 if moved else 0.01, rel=0.02), names
+
+
 @pytest.mark.parametrize("decay", [0.0, 1.1])
 def test_impossible_layer_decay_is_named(decay):
     config = config_with(total_steps=100, warmup_steps=0)

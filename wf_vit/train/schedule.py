@@ -16,6 +16,9 @@ from wf_vit.train.recipe import UNITS
 _BLOCK = "blocks_"
 # Top-level parameters of a model that come before its blocks.
 _EMBEDDING = ("patches", "prefix", "position_table")
+# The gradient of a field that covers the grid is some 1e-5 of that of a narrow one,
+# and clipping divides it by the norm of all others.
+_WIDE_FIELDS_GAIN = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns AdamW (arXiv 1711.05101) behind a clipping of the global norm.
 
-    With ``layer_decay``, each parameter has its own rate (``relative_rate``).
+    With ``layer_decay``, each parameter has its own rate (``relative_rate``). Where
+    fields start wide (``fields.radii`` of 0), their gradient is so small that Adam's
+    epsilon would hide it; it is made larger, which Adam does not notice otherwise.
 
     Raises:
       UsageError: the layer decay is out of range.
@@ -115,11 +120,28 @@ def make_optimizer(
         mask=decay_mask,
     )
     parts = [adamw]
+    if 0 in config.model.fields.radii:
+        parts.insert(0, _amplify_fields(_WIDE_FIELDS_GAIN))
     if options.clip_norm:
-        parts = [optax.clip_by_global_norm(options.clip_norm), adamw]
+        parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
     if options.layer_decay < 1:
         parts.append(_scale_by_layer(options.layer_decay))
     return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _amplify_fields(gain: float) -> optax.GradientTransformation:
+    """Returns what multiplies the gradient of every field."""
+
+    def amplify(gradients: Params, params: Params | None) -> Params:
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, gradient: (
+                gain * gradient if FIELD in [key.key for key in path] else gradient
+            ),
+            gradients,
+        )
+
+    return optax.stateless(amplify)
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
