@@ -9,7 +9,7 @@ student's membership, likewise. Their overlap is the intersection over the union
 over layers and patches. The controls are fields of the same area: random, the nearest
 patches, and the student's own fields on the image before. What the fields have of the
 image is what they overlap beyond the last, which have all the rest: position, layer
-and size. Intervals are half the 95 % interval of the mean over images.
+and size. Intervals are half the 95 % interval of the mean over images, of one run each.
 
 Prints the table and writes OUTPUT.json and OUTPUT.md. Takes a minute on two cores.
 """
@@ -28,6 +28,7 @@ from benchmarks import packed
 from wf_vit import grid, indicators
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
+from wf_vit.models.windowfree import WindowFreeViT
 from wf_vit.shapes import Images
 
 _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
@@ -74,6 +75,13 @@ def learned(params, images: Images, *, model, count: int) -> Masks:
 
 def measure(student, teacher, images: np.ndarray) -> dict[str, np.ndarray]:
     """Returns each overlap with the teacher's fields, image by image."""
+    if len(images) < 2 or len(images) % _BATCH.value or _BATCH.value < 2:
+        raise UsageError(
+            f"{len(images)} images do not fill batches of {_BATCH.value}: set --images "
+            "and --batch_size, of at least 2."
+        )
+    if not isinstance(student.model, WindowFreeViT):
+        raise UsageError("--students names a model without learned fields.")
     models = (student.model, teacher.model)
     if len({(model.depth, model.grid) for model in models}) > 1:
         sizes = " and ".join(f"{m.depth} layers on {m.grid}" for m in models)
@@ -138,11 +146,11 @@ def main(argv: list[str]) -> None:
     overlaps = {}
     for path in _STUDENTS.value:
         measured = measure(pretrained.load(path), teacher, images)
-        overlaps[Path(path).name] = {n: summarize(v) for n, v in measured.items()}
+        overlaps[path] = {n: summarize(v) for n, v in measured.items()}
     results = {
         "images": len(images),
         "area": _AREA.value,
-        "teacher": Path(_TEACHER.value).name,
+        "teacher": _TEACHER.value,
         "overlap": overlaps,
     }
     print(table(results))

@@ -1,8 +1,8 @@
-"""Training runs that differ in their seed only, all at once on one device.
+"""Training runs that differ in their seed only, in one program on one device.
 
 The images lie in the device's memory, where batches are drawn, cropped and augmented;
-an epoch is one program, mapped over the seeds. No TensorFlow is needed. An epoch
-leaves out the images that do not fill a batch.
+an epoch is one program, mapped over the seeds: all at once, or on a CPU in turn. No
+TensorFlow is needed. An epoch leaves out the images that do not fill a batch.
 """
 
 import dataclasses
@@ -90,21 +90,21 @@ def make_epoch(step: Callable, config: ml_collections.ConfigDict) -> Callable:
     return jax.jit(mapped, donate_argnums=(0,))
 
 
-def one_by_one() -> bool:
+def in_turn() -> bool:
     """Returns whether seeds run in turn: a CPU is slower at batched small products."""
     return jax.default_backend() == "cpu"
 
 
 def over_seeds(function: Callable, in_axes: Any, out_axes: Any = 0) -> Callable:
-    """Maps a function over seeds: all at once, or within the program one by one."""
-    if one_by_one():
+    """Maps a function over seeds: all at once, or within the program in turn."""
+    if in_turn():
         function = jax.custom_batching.sequential_vmap(function)
     return jax.vmap(function, in_axes=in_axes, out_axes=out_axes)
 
 
 def state_axes(config: ml_collections.ConfigDict) -> TrainState:
     """Returns where the seeds' axis is: seeds that run at once share the step."""
-    step = 0 if one_by_one() else None
+    step = 0 if in_turn() else None
     ema = 0 if config.ema_decay else None
     return TrainState(step=step, params=0, opt_state=0, ema_params=ema)
 

@@ -3,12 +3,13 @@ r"""WinfT against ViT and every control: variants, seeds, and a table.
     python -m benchmarks.packed --output=cifar10.npz          # once, where TFDS is
     python -m benchmarks.windowfree --data=cifar10.npz --output=results/windowfree
 
-All seeds of a variant train at once, in one program on one device; the images lie in
-its memory, and batches are drawn and augmented there. No TensorFlow is needed. Each
-variant leaves OUTPUT/NAME.json when it is done, and is skipped when that is there, so
-that the command can be repeated; then OUTPUT/summary.md and summary.json are made of
-all there are. The variants in SAVED leave a run folder, OUTPUT/runs/NAME, of their
-first seed: the teacher, and whose fields benchmarks.field_overlap looks at.
+All seeds of a variant train in one program on one device, at once or, on a CPU, in
+turn; the images lie in its memory, and batches are drawn and augmented there. No
+TensorFlow is needed. Each variant leaves OUTPUT/NAME.json when it is done, and is
+skipped when that is there, so that the command can be repeated; then
+OUTPUT/summary.md and summary.json are made of all there are. The variants in SAVED
+leave a run folder, OUTPUT/runs/NAME, of their first seed: the teacher, and whose
+fields benchmarks.field_overlap looks at.
 
 The size is that of configs/cifar10.py, every key of which can be overridden:
 
@@ -34,12 +35,13 @@ from benchmarks.sweep import OnDevice, Sweep, forward_flops, on_device, save_run
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.pretrained.runs import DIRECTORY
+from wf_vit.tasks import replacing
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _VARIANTS = flags.DEFINE_list("variants", None, "Of VARIANTS; all by default.")
-_SEEDS = flags.DEFINE_list("seeds", "0,1,2", "All are trained at once.")
+_SEEDS = flags.DEFINE_list("seeds", "0,1,2", "All are trained in one program.")
 _TRAIN = flags.DEFINE_integer("train_images", 0, "Use the first so many; 0: all.")
 _TEST = flags.DEFINE_integer("test_images", 0, "Use the first so many; 0: all.")
 _MINUTES = flags.DEFINE_float("minutes", 0, "Begin no variant after these; 0: all.")
@@ -124,6 +126,22 @@ def configure(
     return config
 
 
+def check_settings(path: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises UsageError if a result is another config's; evaluations may differ."""
+    earlier = json.loads(path.read_text())["config"]
+    now = json.loads(config.to_json_best_effort())
+    changed = [
+        f"{key} was {earlier.get(key)} and is now {now.get(key)}"
+        for key in sorted(earlier.keys() | now.keys())
+        if earlier.get(key) != now.get(key) and not key.startswith("eval_")
+    ]
+    if changed:
+        raise UsageError(
+            f"{path} has other settings: {'; '.join(changed)}. Name another --output, "
+            "or remove the file."
+        )
+
+
 def run_variant(
     config: ml_collections.ConfigDict,
     seeds: list[int],
@@ -178,6 +196,7 @@ def summarize(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "parameters": result["parameters"],
             "gflops": result["flops"] / 1e9,
             "train_images_per_second": result["train_images_per_second"],
+            "device": result["device"],
         }
         if UNGUIDED in results:
             row["steps_to_unguided"] = share_to_reach(result, results[UNGUIDED])
@@ -216,18 +235,15 @@ def table(summary: list[dict[str, Any]]) -> str:
         )
     note = (
         "Mean ± standard deviation over seeds. Step time: relative to "
-        f"{base['variant']}, all seeds at once. GFLOPs: a forward pass on one image."
+        f"{base['variant']}, on {base['device']}. GFLOPs: a forward pass on one image."
     )
     return "\n".join([*lines, "", note, ""])
 
 
 def write_summary(folder: Path) -> None:
     """Makes summary.json and summary.md of the results that there are."""
-    results = {}
-    for path in folder.glob("*.json"):
-        if path.stem != "summary":
-            result = json.loads(path.read_text())
-            results[result["variant"]] = result
+    paths = {name: folder / f"{name}.json" for name in VARIANTS}
+    results = {n: json.loads(p.read_text()) for n, p in paths.items() if p.exists()}
     if not results:
         return
     summary = summarize(results)
@@ -251,15 +267,17 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     for name in _VARIANTS.value or VARIANTS:
         path = folder / f"{name}.json"
+        config = configure(_CONFIG.value, name, folder, len(data["train"].labels))
         if path.exists():
+            check_settings(path, config)
             print(f"{name}: done, in {path}.")
             continue
         if _MINUTES.value and time.perf_counter() - started > 60 * _MINUTES.value:
             print(f"{name}: left for the next time.")
             continue
-        config = configure(_CONFIG.value, name, folder, len(data["train"].labels))
         result = run_variant(config, seeds, data, class_names, folder, name)
-        path.write_text(json.dumps(result) + "\n")
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(result) + "\n")
     write_summary(folder)
 
 

@@ -42,11 +42,14 @@ def run(seeds):
     return runs, list(runs.run())
 
 
-def test_seeds_together_are_what_they_are_alone():
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_seeds_together_are_what_they_are_alone(in_turn, monkeypatch):
+    monkeypatch.setattr(sweep, "in_turn", lambda: in_turn)
     together, rows = run([3, 5])
     alone, own_rows = run([5])
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert int(together.states.step) == 6
+    assert together.states.step.shape == ((2,) if in_turn else ())
+    assert int(together.first_state().step) == 6
     for row, own in zip(rows, own_rows, strict=True):
         for name in ("train/loss", "train/guidance_loss", "test/loss", "test/top1"):
             assert row[name][1] == pytest.approx(own[name][0], rel=1e-3), name

@@ -147,6 +147,11 @@ def test_the_gain_of_a_head_is_that_of_its_map(params):
         written = jax.vmap(write, in_axes=(0, None))(directions, head)
         expected = jnp.sqrt(jnp.square(written).sum() / MODEL.width)
         assert float(gain[1, head]) == pytest.approx(float(expected), rel=1e-5)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    again = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    np.testing.assert_array_equal(
+        recording.head_gain(MODEL, half), recording.head_gain(MODEL, again)
+    )
 
 
 def test_the_documented_size_of_a_small_vit():

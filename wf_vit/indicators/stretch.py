@@ -28,12 +28,14 @@ def expected_stretch(
 
     with S_L the scale of the final norm (ours). It has no constant to choose and takes
     a product of a vector and a matrix for each layer and head. The MLPs and what a
-    displacement does to the attention weights are left out. To add paths through the
-    same heads before squaring was worse, and costs a product of matrices.
+    displacement does to the attention weights are left out.
 
-    Multiplied by it, `knockout_impact` tells more of a cut's effect on the final
-    tokens: on a DINOv2 ViT-S/14 its rank correlation with real cuts rises from .893
-    to .928 (results/faithfulness.md).
+    Multiplied by that of the query, `knockout_impact` tells more of a cut's effect on
+    the final tokens: on a DINOv2 ViT-S/14 its rank correlation with real cuts rises
+    from .893 to .928 (results/faithfulness.md).
+
+        stretch = expected_stretch(attention, head_gain, token_scale)
+        impact = stretch[..., num_prefix_tokens:, None] * knockout_impact(...)
 
     Args:
       attention: of all layers of a model, ``[L, ..., H, N, N]``.
@@ -44,7 +46,9 @@ def expected_stretch(
         before each layer and, last, before the final norm, ``[L + 1, ..., N]``.
 
     Returns:
-      Norm of the final tokens' displacement by one of norm 1, ``[L, ..., N]``.
+      Norm of the displacement of all final tokens by one of each token of norm 1,
+      ``[L, ..., N]``, prefix tokens included; up to the root mean square of the final
+      norm's own scale, which is the same for all.
 
     Raises:
       UsageError: shapes that do not fit, rows that are no distributions, NaN.

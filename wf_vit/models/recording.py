@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from wf_vit import indicators
 from wf_vit.errors import UsageError
+from wf_vit.indicators.arithmetic import einsum
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Params
 
@@ -90,6 +91,8 @@ def head_gain(model: ViT, params: Params) -> Float[Array, "L H"]:
     the Frobenius norm of the map from the normalised stream to what the head writes,
     with the norm's scale and LayerScale, over the square root of the width.
     """
+    # Means and products of parameters in bfloat16 would be too coarse.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     output_kernel, residual_scale = output_projection(model, params)
     if residual_scale is not None:
         output_kernel = output_kernel * residual_scale[:, None, None]
@@ -99,8 +102,8 @@ def head_gain(model: ViT, params: Params) -> Float[Array, "L H"]:
     kernels = kernels * norms[..., None, None]
     # A layer norm takes the mean of a token away first.
     kernels = kernels - kernels.mean(1, keepdims=True)
-    read = jnp.einsum("ldhj,ldhk->lhjk", kernels, kernels)
-    written = jnp.einsum("lhjd,lhkd->lhjk", output_kernel, output_kernel)
+    read = einsum("ldhj,ldhk->lhjk", kernels, kernels)
+    written = einsum("lhjd,lhkd->lhjk", output_kernel, output_kernel)
     return jnp.sqrt((read * written).sum((-1, -2)) / model.width)
 
 

@@ -71,6 +71,11 @@ class Guidance:
     teacher: Teacher | None
 
     def __post_init__(self):
+        if self.weight < 0 or self.area_weight < 0:
+            raise UsageError(
+                f"guidance.weight is {self.weight} and guidance.area_weight "
+                f"{self.area_weight}: expected none below 0."
+            )
         if self.indicator not in TAUGHT + UNTAUGHT:
             raise UsageError(
                 f"guidance.indicator is {self.indicator!r}: choose one of "
