@@ -7,8 +7,9 @@ loss of a layer is the mean over its patches i of
     1 - sum_j R_ij M_ij  +  area_weight * mean_j M_ij :
 
 cover the interactions that matter, with as little area as possible. To cover a patch j
-pays if R_ij exceeds ``area_weight / P``, so 1 asks for more than the even share of an
-interaction, and less than 1 would widen the fields of any target. Both terms are
+pays if R_ij exceeds ``area_weight / P``: with 1, if the interaction has more than the
+even share. Less than 1 widens the fields of any target; 2 shrinks them to less than a
+patch where the teacher attends as evenly as a small ViT does (results/windowfree). Both terms are
 computed from the row and column profiles of the membership, never from M itself. In
 hard mode the loss is that of the soft membership, which has a gradient everywhere.
 """

@@ -59,7 +59,7 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     set_duration(config, "guidance", percent=100)
     # An interaction is worth covering if it has more than this times the even share
     # of its row; so it should be 1 or more.
-    config.guidance.area_weight = 2.0
+    config.guidance.area_weight = 1.0
     # Whatever wf_vit.models.pretrained.load opens. '': the area term acts alone,
     # unless the indicator needs no teacher.
     config.guidance.teacher = ""
