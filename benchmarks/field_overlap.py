@@ -32,7 +32,7 @@ from wf_vit.models.windowfree import WindowFreeViT
 from wf_vit.shapes import Images
 
 _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
-_TEACHER = flags.DEFINE_string("teacher", None, "Run folder of a ViT.", required=True)
+_TEACHER = flags.DEFINE_string("teacher", None, "Any ViT's checkpoint.", required=True)
 _STUDENTS = flags.DEFINE_list("students", None, "Run folders of WinfTs.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
 _AREA = flags.DEFINE_float("area", 0.25, "Share of the grid that is a field.")
@@ -142,10 +142,12 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     splits, _ = packed.load(Path(_DATA.value))
     images = splits["test"].images[: _IMAGES.value]
-    teacher = pretrained.load(_TEACHER.value)
     overlaps = {}
     for path in _STUDENTS.value:
-        measured = measure(pretrained.load(path), teacher, images)
+        student = pretrained.load(path)
+        size = student.model.image_size
+        teacher = pretrained.load(_TEACHER.value, image_size=size)
+        measured = measure(student, teacher, images)
         overlaps[path] = {n: summarize(v) for n, v in measured.items()}
     results = {
         "images": len(images),
