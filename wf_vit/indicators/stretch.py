@@ -32,7 +32,7 @@ def expected_stretch(
 
     Multiplied by that of the query, `knockout_impact` tells more of a cut's effect on
     the final tokens: on a DINOv2 ViT-S/14 its rank correlation with real cuts rises
-    from .893 to .928 (results/faithfulness.md).
+    from .893 to .927 (results/faithfulness.md).
 
         stretch = expected_stretch(attention, head_gain, token_scale)
         impact = stretch[..., num_prefix_tokens:, None] * knockout_impact(...)
