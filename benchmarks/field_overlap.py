@@ -22,22 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from benchmarks import packed
 from wf_vit import grid, indicators
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
+from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.windowfree import WindowFreeViT
 from wf_vit.shapes import Images
-
-_DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
-_TEACHER = flags.DEFINE_string("teacher", None, "Any ViT's checkpoint.", required=True)
-_STUDENTS = flags.DEFINE_list("students", None, "Run folders of WinfTs.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
-_AREA = flags.DEFINE_float("area", 0.25, "Share of the grid that is a field.")
-_IMAGES = flags.DEFINE_integer("images", 1000, "Test images.")
-_BATCH = flags.DEFINE_integer("batch_size", 100, "Images at once.")
 
 Masks = Bool[Array, "L B P P"]
 
@@ -73,11 +66,22 @@ def learned(params, images: Images, *, model, count: int) -> Masks:
     return largest(jnp.stack(membership), count)
 
 
-def measure(student, teacher, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns each overlap with the teacher's fields, image by image."""
-    if len(images) < 2 or len(images) % _BATCH.value or _BATCH.value < 2:
+def measure(
+    student: Pretrained,
+    teacher: Pretrained,
+    images: UInt8[np.ndarray, "B height width 3"],
+    *,
+    area: float,
+    batch_size: int,
+) -> dict[str, Float[np.ndarray, " B"]]:
+    """Returns each overlap with the teacher's fields, image by image.
+
+    Raises:
+      UsageError: models that cannot be compared, or images that do not fill batches.
+    """
+    if batch_size < 2 or not len(images) or len(images) % batch_size:
         raise UsageError(
-            f"{len(images)} images do not fill batches of {_BATCH.value}: set --images "
+            f"{len(images)} images do not fill batches of {batch_size}: set --images "
             "and --batch_size, of at least 2."
         )
     if not isinstance(student.model, WindowFreeViT):
@@ -88,12 +92,12 @@ def measure(student, teacher, images: np.ndarray) -> dict[str, np.ndarray]:
         raise UsageError(f"Student and teacher differ, {sizes}: they must be alike.")
     shape = student.model.grid
     patches = shape[0] * shape[1]
-    count = round(_AREA.value * patches)
-    size = (student.model.depth, _BATCH.value, patches, patches)
+    count = round(area * patches)
+    size = (student.model.depth, batch_size, patches, patches)
     near = jnp.broadcast_to(-grid.distances(shape), size)
     overlaps = []
-    for place, start in enumerate(range(0, len(images), _BATCH.value)):
-        batch = images[start : start + _BATCH.value]
+    for place, start in enumerate(range(0, len(images), batch_size)):
+        batch = images[start : start + batch_size]
         taught, own = (
             fields(run.params, run.preprocess(batch), model=run.model, count=count)
             for fields, run in ((attended, teacher), (learned, student))
@@ -147,7 +151,9 @@ def main(argv: list[str]) -> None:
         student = pretrained.load(path)
         size = student.model.image_size
         teacher = pretrained.load(_TEACHER.value, image_size=size)
-        measured = measure(student, teacher, images)
+        measured = measure(
+            student, teacher, images, area=_AREA.value, batch_size=_BATCH.value
+        )
         overlaps[path] = {n: summarize(v) for n, v in measured.items()}
     results = {
         "images": len(images),
@@ -163,4 +169,15 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
+    _TEACHER = flags.DEFINE_string(
+        "teacher", None, "Any ViT's checkpoint.", required=True
+    )
+    _STUDENTS = flags.DEFINE_list(
+        "students", None, "Run folders of WinfTs.", required=True
+    )
+    _OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
+    _AREA = flags.DEFINE_float("area", 0.25, "Share of the grid that is a field.")
+    _IMAGES = flags.DEFINE_integer("images", 1000, "Test images.")
+    _BATCH = flags.DEFINE_integer("batch_size", 100, "Images at once.")
     app.run(main)
