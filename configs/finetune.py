@@ -7,7 +7,7 @@ oxford_flowers102. CHECKPOINT is what wf_vit.models.pretrained.load opens: an .n
 .safetensors file, a run folder of ours, or hf://owner/name; it brings its architecture.
 With --config.model.name=windowfree a ViT becomes a window-free transformer: it starts
 with fields that cover the grid, so that its output is unchanged, and then learns them;
-in a short run only with guidance (results/finetune has both on CIFAR-10).
+a short run takes guidance for that (results/finetune).
 At 448 px, a ViT-B/16 pretrained on ImageNet-21k is reported at 90.3 % (birds), 93.7 %
 (cars) and 91.7 % (dogs) top-1 in the literature; we have not run it.
 """
