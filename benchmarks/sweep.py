@@ -29,6 +29,9 @@ from wf_vit.train import parallel, schedule, steps, teacher
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.state import TrainState, init_params, init_state
 
+# Folded into the seed for what is drawn outside of the steps.
+_DATA = 0xDA7A
+
 
 class OnDevice(NamedTuple):
     """A split in the device's memory: uint8 images and int32 labels."""
@@ -70,7 +73,9 @@ def make_epoch(step: Callable, config: ml_collections.ConfigDict) -> Callable:
 
     def epoch_of(state, seed, epoch, data, teacher_params):
         count = len(data.labels) // config.batch_size
-        key = jax.random.fold_in(jax.random.key(seed), epoch)
+        # The steps fold their own count into the seed, so that comes apart first.
+        key = jax.random.fold_in(jax.random.key(seed), _DATA)
+        key = jax.random.fold_in(key, epoch)
         order_key, crop_key = jax.random.split(key)
         order = jax.random.permutation(order_key, len(data.labels))
         order = order[: count * config.batch_size].reshape(count, config.batch_size)

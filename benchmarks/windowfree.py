@@ -8,8 +8,13 @@ turn; the images lie in its memory, and batches are drawn and augmented there. N
 TensorFlow is needed. Each variant leaves OUTPUT/NAME.json when it is done, and is
 skipped when that is there, so that the command can be repeated; then
 OUTPUT/summary.md and summary.json are made of all there are. The variants in SAVED
-leave a run folder, OUTPUT/runs/NAME, of their first seed: the teacher, and whose
-fields benchmarks.field_overlap looks at.
+leave a run folder, OUTPUT/runs/NAME, of their first seed: teachers, and whose fields
+benchmarks.field_overlap looks at. Who teaches is taken from --teachers, so that a
+teacher can have trained for longer than its students:
+
+    python -m benchmarks.windowfree ... --output=results/teachers --seeds=0 \
+        --variants=vit,winft --config.total_epochs=48
+    python -m benchmarks.windowfree ... --teachers=results/teachers/runs
 
 The size is that of configs/cifar10.py, every key of which can be overridden:
 
@@ -44,15 +49,21 @@ _VARIANTS = flags.DEFINE_list("variants", None, "Of VARIANTS; all by default.")
 _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "All are trained in one program.")
 _TRAIN = flags.DEFINE_integer("train_images", 0, "Use the first so many; 0: all.")
 _TEST = flags.DEFINE_integer("test_images", 0, "Use the first so many; 0: all.")
+_TEACHERS = flags.DEFINE_string(
+    "teachers", None, "Run folders of the teachers; OUTPUT/runs by default."
+)
 _MINUTES = flags.DEFINE_float("minutes", 0, "Begin no variant after these; 0: all.")
 
-TEACHER = "vit"
 # Thresholds at which a model with fields is evaluated in hard mode, in the end.
 HARD = (0.05, 0.25, 0.5)
 BASELINE, UNGUIDED = "vit", "winft"
-SAVED = (TEACHER, UNGUIDED, "winft_guided")
-_GUIDED = {"guidance.weight": 1.0, "guidance.teacher": TEACHER}
-_UNTAUGHT = {"guidance.weight": 1.0}
+SAVED = (BASELINE, UNGUIDED, "winft_guided", "winft_guided_fields")
+
+
+def _guided(teacher: str = "", **changes: Any) -> dict[str, Any]:
+    """Returns guidance with a weight of 1, and changes of it."""
+    changes = {"weight": 1.0, "teacher": teacher, **changes}
+    return {f"guidance.{name}": value for name, value in changes.items()}
 
 
 def _winft(**changes: Any) -> dict[str, Any]:
@@ -74,31 +85,47 @@ VARIANTS = {
     "growing_window": {"model.name": "growing_window"},
     "static_fields": {"model.name": "static_fields"},
     "winft": _winft(),
-    "winft_radii_1": _winft(radii=(1.0,)),
-    "winft_radii_2.5": _winft(radii=(2.5,)),
-    "winft_radii_1_2_4": _winft(radii=(1.0, 2.0, 4.0)),
+    "winft_growth_0": _winft(growth=0.0),
+    "winft_radii_1.5": _winft(radii=(1.5,), growth=0.0),
+    "winft_radii_2.5": _winft(radii=(2.5,), growth=0.0),
+    "winft_radii_1_2_4": _winft(radii=(1.0, 2.0, 4.0), growth=0.0),
     "winft_radii_0": _winft(radii=(0.0,)),
     "winft_softness_0.25": _winft(softness=0.25),
     "winft_softness_1": _winft(softness=1.0),
     "winft_shared": _winft(per_head=False),
     "winft_stream": _winft(source="stream"),
     "winft_queries": _winft(source="queries"),
-    "winft_area": {**_winft(), **_UNTAUGHT},
-    "winft_random": {**_winft(), **_UNTAUGHT, "guidance.indicator": "random"},
-    "winft_distance": {**_winft(), **_UNTAUGHT, "guidance.indicator": "distance"},
-    "winft_guided": {**_winft(), **_GUIDED},
-    "winft_guided_0.3": {**_winft(), **_GUIDED, "guidance.weight": 0.3},
-    "winft_guided_3": {**_winft(), **_GUIDED, "guidance.weight": 3.0},
-    "winft_guided_area_1.3": {**_winft(), **_GUIDED, "guidance.area_weight": 1.3},
-    "winft_guided_area_2": {**_winft(), **_GUIDED, "guidance.area_weight": 2.0},
-    "winft_guided_third": {**_winft(), **_GUIDED, "guidance_percent": 33.0},
-    "winft_knockout": {**_winft(), **_GUIDED, "guidance.indicator": "knockout"},
-    "winft_propagated": {**_winft(), **_GUIDED, "guidance.indicator": "propagated"},
+    # Controls of guidance: nothing to learn from, and no fields to learn with.
+    "winft_random": {**_winft(), **_guided(indicator="random")},
+    "winft_distance": {**_winft(), **_guided(indicator="distance")},
+    "vit_guided": {"model.name": "vit", **_guided("vit")},
+    "vit_guided_by_winft": {"model.name": "vit", **_guided("winft")},
+    # What is matched, by whom, for how long and to which indicator.
+    "winft_guided": {**_winft(), **_guided("winft")},
+    "winft_guided_by_vit": {**_winft(), **_guided("vit")},
+    "winft_guided_mean": {**_winft(), **_guided("winft", per_head=False)},
+    "winft_guided_0.3": {**_winft(), **_guided("winft", weight=0.3)},
+    "winft_guided_3": {**_winft(), **_guided("winft", weight=3.0)},
+    "winft_guided_third": {
+        **_winft(),
+        **_guided("winft"),
+        "guidance_percent": 33.0,
+    },
+    "winft_knockout": {**_winft(), **_guided("winft", indicator="knockout")},
+    "winft_propagated": {**_winft(), **_guided("winft", indicator="propagated")},
+    # Coverage with little area, in place of attention.
+    "winft_area": {**_winft(), **_guided(match="fields")},
+    "winft_guided_fields": {**_winft(), **_guided("winft", match="fields")},
+    "winft_guided_fields_by_vit": {**_winft(), **_guided("vit", match="fields")},
+    "winft_guided_fields_mean": {
+        **_winft(),
+        **_guided("winft", match="fields", per_head=False),
+    },
 }
 
 
 def configure(
-    base: ml_collections.ConfigDict, variant: str, output: Path, num_train: int
+    base: ml_collections.ConfigDict, variant: str, teachers: Path, num_train: int
 ) -> ml_collections.ConfigDict:
     """Returns the config of a variant; durations in whole epochs become steps.
 
@@ -113,11 +140,11 @@ def configure(
     config = base.copy_and_resolve_references()
     config.update_from_flattened_dict(VARIANTS[variant])
     if config.guidance.teacher:
-        run = output / "runs" / config.guidance.teacher
+        run = teachers / config.guidance.teacher
         if not (run / DIRECTORY).is_dir():
             raise UsageError(
                 f"{variant!r} needs the teacher {config.guidance.teacher!r}, which is "
-                f"not in {run}: run that variant first."
+                f"not in {run}: run that variant first, or name --teachers."
             )
         config.guidance.teacher = str(run)
     if config.data.crop != "pad":
@@ -258,6 +285,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     folder = Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
+    teachers = Path(_TEACHERS.value or folder / "runs")
     seeds = [int(seed) for seed in _SEEDS.value]
     splits, class_names = packed.load(Path(_DATA.value))
     data = {
@@ -267,7 +295,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     for name in _VARIANTS.value or VARIANTS:
         path = folder / f"{name}.json"
-        config = configure(_CONFIG.value, name, folder, len(data["train"].labels))
+        config = configure(_CONFIG.value, name, teachers, len(data["train"].labels))
         if path.exists():
             check_settings(path, config)
             print(f"{name}: done, in {path}.")

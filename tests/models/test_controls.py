@@ -53,9 +53,9 @@ def test_relative_bias_is_looked_up_by_displacement_and_starts_at_zero():
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_gaussian_bias_is_the_log_of_a_gaussian(learned):
-    config = FieldConfig(radii=(1.0, 2.5))
+    config = FieldConfig(radii=(0.5, 2.0), growth=0.25)
     module = controls.GaussianBias(
-        num_heads=HEADS, grid=GRID, config=config, learned=learned
+        num_heads=HEADS, grid=GRID, config=config, layer=2, learned=learned
     )
     bias = bias_of(module, tokens(prefix=0))
     for i, j, dx, dy in pairs():
@@ -67,13 +67,11 @@ def test_gaussian_bias_is_the_log_of_a_gaussian(learned):
 
 def test_windows_are_square_and_grow_with_depth():
     config = FieldConfig(radii=(1.0, 0.5))
-    for growth in (0.0, 1.0):
-        module = controls.WindowBias(
-            num_heads=2, grid=GRID, config=config, growth=growth
-        )
+    for layer in range(3):
+        module = controls.WindowBias(num_heads=2, grid=GRID, config=config, layer=layer)
         bias = bias_of(module, tokens(prefix=0))
         for i, j, dx, dy in pairs():
-            for head, radius in enumerate((1 + growth, 0.5 + growth)):
+            for head, radius in enumerate((1 + layer, 0.5 + layer)):
                 inside = abs(dx) <= radius and abs(dy) <= radius
                 assert bias[0, head, i, j] == (0 if inside else np.float32(DROPPED))
     model = controls.GrowingWindowViT(
@@ -85,14 +83,14 @@ def test_windows_are_square_and_grow_with_depth():
         mlp_dim=8,
         num_heads=2,
     )
-    growths = [model.field_for_layer(i).keywords["growth"] for i in range(3)]
-    assert growths == [0, 1, 2]
+    layers = [model.field_for_layer(i).keywords["layer"] for i in range(3)]
+    assert layers == [0, 1, 2]
 
 
 def test_static_fields_are_the_predicted_ones_of_features_that_say_nothing():
     config = FieldConfig(radii=(1.0, 2.0), softness=0.7, threshold=0.05)
-    static = controls.StaticFields(num_heads=HEADS, grid=GRID, config=config)
-    predicted = PredictedFields(num_heads=HEADS, grid=GRID, config=config)
+    options = {"num_heads": HEADS, "grid": GRID, "config": config, "layer": 1}
+    static, predicted = controls.StaticFields(**options), PredictedFields(**options)
     x = tokens()
     got = static.apply(static.init(jax.random.key(0), x), x)
     expected = predicted.apply(predicted.init(jax.random.key(0), x), x)

@@ -75,12 +75,21 @@ def test_prefix_tokens_see_and_are_seen_by_everything():
 
 def test_prediction_starts_at_the_radii_of_the_heads():
     config = FieldConfig(radii=(1.0, 4.0, 1e3))
-    module = PredictedFields(num_heads=6, grid=GRID, config=config)
+    module = PredictedFields(num_heads=6, grid=GRID, config=config, layer=0)
     x = jax.random.normal(jax.random.key(0), (2, 16, 8))  # One prefix token.
     fields = module.apply(module.init(jax.random.key(1), x), x)
     assert fields.extents.shape == (2, 6, 15, 4)
     for head, radius in enumerate([1.0, 4.0, 1e3] * 2):
         np.testing.assert_allclose(fields.extents[:, head], radius, rtol=1e-5)
+
+
+def test_fields_of_later_layers_start_wider_until_they_reach_across_the_grid():
+    config = FieldConfig(radii=(1.0, 1.5, 9.0, 0.0), growth=2.0)
+    starts = [config.radii_of(4, GRID, layer) for layer in range(3)]
+    wide = 4 + 12 * 0.5
+    np.testing.assert_allclose(
+        starts, [[1, 1.5, 9, wide], [3, 3.5, 9, wide], [4, 4, 9, wide]]
+    )
 
 
 @pytest.mark.parametrize("per_head", [True, False])
@@ -89,7 +98,7 @@ def test_prediction_reads_its_source_only(source, per_head):
     if source == "queries" and not per_head:
         pytest.skip("queries differ by head")
     config = FieldConfig(radii=(1.0,), source=source, per_head=per_head)
-    module = PredictedFields(num_heads=2, grid=GRID, config=config)
+    module = PredictedFields(num_heads=2, grid=GRID, config=config, layer=0)
     shapes = {"normed": (2, 16, 8), "stream": (2, 16, 8), "queries": (2, 16, 2, 4)}
     values = {
         name: jax.random.normal(jax.random.key(i), shape)
@@ -115,7 +124,7 @@ def test_prediction_reads_its_source_only(source, per_head):
 
 def test_queries_predict_the_fields_of_their_own_head():
     config = FieldConfig(source="queries")
-    module = PredictedFields(num_heads=2, grid=GRID, config=config)
+    module = PredictedFields(num_heads=2, grid=GRID, config=config, layer=0)
     x = jnp.zeros((1, 15, 8))
     query = jax.random.normal(jax.random.key(0), (1, 15, 2, 4))
     variables = module.init(jax.random.key(1), x, query=query)
@@ -131,7 +140,7 @@ def test_queries_predict_the_fields_of_their_own_head():
 @pytest.mark.parametrize("softness", [0.5, 2.0])
 def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
     config = FieldConfig(radii=(0.0,), softness=softness)
-    module = PredictedFields(num_heads=1, grid=(3, 28), config=config)
+    module = PredictedFields(num_heads=1, grid=(3, 28), config=config, layer=0)
     x = jax.random.normal(jax.random.key(0), (1, 84, 4))
     variables = module.init(jax.random.key(1), x)
 
@@ -148,6 +157,7 @@ def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
     [
         ({"radii": ()}, "one number for each head"),
         ({"radii": (-1.0,)}, "0 covers the grid"),
+        ({"growth": -0.5}, "expected 0"),
         ({"softness": 0.0}, "a softness above 0"),
         ({"threshold": 1.0}, "below 1"),
         ({"source": "values"}, "choose one of normed, stream, queries"),

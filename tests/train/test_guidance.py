@@ -28,6 +28,8 @@ def guide(**options):
         "indicator": "mean",
         "num_probes": 2,
         "teacher": None,
+        "match": "fields",
+        "per_head": False,
     }
     return guiding.Guidance(**{**defaults, **options})
 
@@ -62,10 +64,10 @@ def images_for(model, batch=2):
     return jax.random.normal(jax.random.key(9), (batch, *model.image_size, 3))
 
 
-def taught_by(model, indicator, seed=1):
+def taught_by(model, indicator, seed=1, **options):
     teacher = guiding.Teacher(model, mean=MEAN, std=STD)
     params = jax.tree.map(lambda p: 3 * p, state.init_params(model, seed))
-    return guide(indicator=indicator, teacher=teacher), params
+    return guide(indicator=indicator, teacher=teacher, **options), params
 
 
 def target(guidance, params, images, student, **normal):
@@ -86,6 +88,58 @@ def test_coverage_and_area_follow_their_definition(threshold):
         rtol=1e-5,
     )
     np.testing.assert_allclose(area, np.mean(soft), rtol=1e-5)
+
+
+def test_each_head_can_have_a_target_of_its_own():
+    rows, fields = random_rows(0, 1, 2, 4, 15, 15), random_fields(1)
+    covered, area = guiding.coverage_and_area({0: fields}, rows)
+    membership = np.exp(fields.log_membership())
+    expected = (rows[0] * membership).sum(-1).mean()
+    np.testing.assert_allclose(covered, expected, rtol=1e-5)
+    np.testing.assert_allclose(area, membership.mean(), rtol=1e-5)
+    same = jnp.repeat(rows[:, :, :1], 4, axis=2)
+    fused, _ = guiding.coverage_and_area({0: fields}, rows[:, :, 0])
+    apart, _ = guiding.coverage_and_area({0: fields}, same)
+    np.testing.assert_allclose(fused, apart, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(), (4,)])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_divergence_follows_its_definition(heads, prefix):
+    """In float64, of the attention between patches alone."""
+    rows = random_rows(0, 2, 2, *heads, 15, 15)
+    tokens = 15 + prefix
+    records = {
+        layer: {"attention": random_rows(layer, 2, 4, tokens, tokens)}
+        for layer in (3, 1)
+    }
+    got = guiding.divergence(records, rows, prefix)
+    expected = []
+    for place, layer in enumerate((1, 3)):
+        own = np.asarray(records[layer]["attention"], np.float64)[..., prefix:, prefix:]
+        own = own if heads else own.mean(1)
+        own = own / own.sum(-1, keepdims=True)
+        target = np.asarray(rows[place], np.float64)
+        expected.append((target * np.log(target / own)).sum(-1).mean())
+    np.testing.assert_allclose(got, np.mean(expected), rtol=1e-4)
+    itself = jnp.stack([records[layer]["attention"] for layer in (1, 3)])
+    itself = indicators.interaction_indicator(
+        itself, num_prefix_tokens=prefix, per_head=bool(heads), normalize=True
+    )
+    assert abs(guiding.divergence(records, itself, prefix)) < 1e-6
+
+
+def test_divergence_from_keys_that_are_dropped_is_finite():
+    """Hard fields give them no attention at all."""
+
+    def loss(logits):
+        attention = jax.nn.softmax(jnp.where(jnp.eye(15) > 0, logits, -1e9))
+        return guiding.divergence({0: {"attention": attention}}, rows, 0)
+
+    rows = random_rows(0, 1, 2, 4, 15, 15)
+    value, gradient = jax.value_and_grad(loss)(jnp.zeros((2, 4, 15, 15)))
+    assert 5 < value < -np.log(1e-9)
+    assert np.all(np.isfinite(gradient))
 
 
 def test_fields_of_one_image_for_all_are_broadcast():
@@ -128,19 +182,26 @@ def test_no_array_has_heads_and_pairs_of_patches():
     assert max(sizes) < 2 * 4 * 15 * 15
 
 
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("indicator", ["mean", "odds", "knockout", "propagated"])
-def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator):
+def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
     teacher, student = vit(num_registers=1), vit()
-    guidance, params = taught_by(teacher, indicator)
+    guidance, params = taught_by(teacher, indicator, per_head=per_head)
     images = images_for(student)
     got = jax.jit(lambda p, x: target(guidance, p, x, student))(params, images)
-    assert got.shape == (3, 2, 15, 15)
+    assert got.shape == (3, 2, *((2,) if per_head else ()), 15, 15)
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
     (recorded,) = recording.record(teacher, params, images)
-    options = {"num_prefix_tokens": 2, "normalize": True}
+    options = {"num_prefix_tokens": 2, "normalize": True, "per_head": per_head}
     if indicator == "propagated":
         (knockout,) = recording.propagate(
-            teacher, params, images, target="tokens", key=keys()[0], num_probes=2
+            teacher,
+            params,
+            images,
+            target="tokens",
+            key=keys()[0],
+            num_probes=2,
+            per_head=per_head,
         )
         expected = knockout.impact / knockout.impact.sum(-1, keepdims=True)
     elif indicator == "knockout":
@@ -152,6 +213,9 @@ def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator):
         expected = indicators.interaction_indicator(
             recorded.attention, method=indicator, **options
         )
+    # A row of which nothing is known, as all of it falls on one key, is even.
+    known = expected.sum(-1, keepdims=True) > 0
+    expected = np.where(known, expected, 1 / 15)
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-6)
 
 
@@ -227,6 +291,10 @@ def test_untaught_targets_are_the_controls_they_say():
     expected = expected / expected.sum(-1, keepdims=True)
     for layer, image in np.ndindex(3, 2):
         np.testing.assert_allclose(near[layer, image], expected, rtol=1e-5)
+    apart = guide(indicator="random", per_head=True)
+    apart = target(apart, None, images, student)
+    assert apart.shape == (3, 2, 2, 15, 15)
+    assert np.abs(apart[:, :, 0] - apart[:, :, 1]).max() > 1e-3
     random = target(guide(indicator="random"), None, images, student)
     np.testing.assert_allclose(random.sum(-1), 1, rtol=1e-5)
     assert np.abs(random[0, 0] - random[0, 1]).max() > 1e-3
@@ -249,7 +317,7 @@ def test_the_loss_is_weighted_and_the_teacher_rests_when_it_is_over(step, share)
     images = images_for(student)
     loss, metrics = guiding.guide(
         guidance,
-        fields,
+        {"fields": fields},
         jnp.asarray(step),
         params,
         images,
@@ -267,7 +335,7 @@ def test_the_loss_is_weighted_and_the_teacher_rests_when_it_is_over(step, share)
     np.testing.assert_allclose(metrics["field_coverage"], shown, rtol=1e-4)
     alone, _ = guiding.guide(
         dataclasses.replace(guidance, teacher=None),
-        fields,
+        {"fields": fields},
         jnp.asarray(step),
         None,
         images,
@@ -277,6 +345,40 @@ def test_the_loss_is_weighted_and_the_teacher_rests_when_it_is_over(step, share)
         std=STD,
     )
     np.testing.assert_allclose(alone, 2 * share * 0.3 * area, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("step", "share"), [(5, 0.5), (10, 0.0)])
+def test_attention_is_taught_with_the_weight_of_the_step(step, share, per_head):
+    student = vit(num_registers=2)
+    guidance, params = taught_by(student, "mean", match="attention", per_head=per_head)
+    images = images_for(student)
+    own = state.init_params(student, 5)
+    _, outputs = student.apply({"params": own}, images, record=True)
+    normal = {"mean": MEAN, "std": STD}
+    loss, metrics = guiding.guide(
+        guidance,
+        outputs,
+        jnp.asarray(step),
+        params,
+        images,
+        keys(),
+        student=student,
+        **normal,
+    )
+    rows = target(guidance, params, images, student)
+    apart = guiding.divergence(outputs["records"], rows, 3)
+    assert apart > 1e-3
+    np.testing.assert_allclose(loss, 2 * share * apart, rtol=1e-4)
+    np.testing.assert_allclose(metrics["guidance_loss"], loss)
+    shown = apart if share else 0
+    np.testing.assert_allclose(metrics["attention_divergence"], shown, rtol=1e-4)
+
+
+def test_heads_that_cannot_be_paired_are_named():
+    guidance, params = taught_by(vit(num_heads=4), "mean", per_head=True)
+    with pytest.raises(UsageError, match="the teacher has 4 heads and the student 2"):
+        target(guidance, params, images_for(vit()), vit())
 
 
 def test_a_config_becomes_guidance(digits_config):
@@ -294,7 +396,9 @@ def test_a_config_becomes_guidance(digits_config):
     ("model", "options", "message"),
     [
         ("windowfree", {"weight": 0.0, "teacher": "somewhere"}, "its weight is 0"),
-        ("vit", {}, "'vit' has no fields to guide: use windowfree or"),
+        ("vit", {"match": "fields"}, "'vit' has no fields to guide: use windowfree or"),
+        ("windowfree", {"match": "values"}, "choose one of fields, attention"),
+        ("windowfree", {"indicator": "mean"}, "attention has no area"),
         ("windowfree", {"indicator": "max_"}, "choose one of mean"),
         ("windowfree", {"teacher": "nowhere.npz"}, "nowhere"),
     ],

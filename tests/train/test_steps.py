@@ -136,8 +136,8 @@ def test_randomness_depends_on_seed_and_step_only(experiment):
     assert other[0]["loss"] != same[0]["loss"]
 
 
-@pytest.fixture
-def guided(experiment):
+@pytest.fixture(params=["fields", "attention"])
+def guided(experiment, request):
     """The experiment's own model teaches it, seen at another size."""
     config = experiment["config"].model
     model = registry.create_model(config, num_classes=10, image_size=32)
@@ -151,6 +151,8 @@ def guided(experiment):
             indicator="mean",
             num_probes=2,
             teacher=teacher,
+            match=request.param,
+            per_head=request.param == "attention",
         ),
     }
 
@@ -161,7 +163,8 @@ def test_guidance_acts_while_it_lasts_alike_on_any_devices(experiment, guided):
     for a, b in zip(one, four, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
     assert one[0]["guidance_loss"] > one[1]["guidance_loss"] > 0
-    assert one[2]["guidance_loss"] == one[2]["field_coverage"] == 0
+    taught = {"fields": "field_coverage", "attention": "attention_divergence"}
+    assert one[2]["guidance_loss"] == one[2][taught[guided["guidance"].match]] == 0
     _, plain = run(experiment, devices=1, count=1)
     # The loss that is reported is that of the classes, whatever guides.
     assert one[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
@@ -169,7 +172,9 @@ def test_guidance_acts_while_it_lasts_alike_on_any_devices(experiment, guided):
 
 
 def test_without_a_teacher_the_area_acts_alone(experiment, guided):
-    alone = dataclasses.replace(guided["guidance"], teacher=None, weight=0.7)
+    alone = dataclasses.replace(
+        guided["guidance"], teacher=None, match="fields", weight=0.7
+    )
     _, history = run(experiment, devices=1, count=1, guidance=alone)
     expected = 0.7 * 0.5 * history[0]["field_area"]
     assert history[0]["guidance_loss"] == pytest.approx(expected, rel=1e-5)

@@ -6,7 +6,7 @@ is that of knowing positions (``RelativeBiasViT``, the bias of Swin, arXiv 2103.
 of locality (``GaussianViT``, ``GrowingWindowViT``), of a learned locality
 (``LearnedGaussianViT``), or of rectangular fields that every head learns but no patch
 predicts (``StaticFieldViT``). Where a radius or a width is given it is
-``FieldConfig.radii``, so that all start from the same locality.
+``FieldConfig.radii_of`` the layer, so that all start from the same locality.
 """
 
 import functools
@@ -97,13 +97,15 @@ class GaussianBias(nn.Module):
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: ``radii`` are the widths of the heads.
+      config: ``radii`` and ``growth`` are the widths of the heads.
+      layer: which layer of the model this is, from 0.
       learned: whether the widths are learned; else there are no parameters.
     """
 
     num_heads: int
     grid: geometry.Grid
     config: FieldConfig
+    layer: int
     learned: bool
 
     @nn.compact
@@ -114,7 +116,7 @@ class GaussianBias(nn.Module):
         **unused,
     ) -> PositionBias:
         """Returns the bias."""
-        widths = self.config.radii_of(self.num_heads, self.grid)
+        widths = self.config.radii_of(self.num_heads, self.grid, self.layer)
         start = jnp.asarray(inverse_softplus(widths), jnp.float32)
         if self.learned:
             start = self.param("widths", lambda key: start)
@@ -129,14 +131,14 @@ class WindowBias(nn.Module):
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: ``radii`` are how far the windows of the heads reach, in patches.
-      growth: by how much farther this layer's windows reach.
+      config: ``radii`` and ``growth`` are how far the windows of the heads reach.
+      layer: which layer of the model this is, from 0.
     """
 
     num_heads: int
     grid: geometry.Grid
     config: FieldConfig
-    growth: float
+    layer: int
 
     def __call__(
         self,
@@ -145,7 +147,7 @@ class WindowBias(nn.Module):
         **unused,
     ) -> PositionBias:
         """Returns the bias: 0 within the window, and outside all but minus infinity."""
-        reach = self.config.radii_of(self.num_heads, self.grid) + self.growth
+        reach = self.config.radii_of(self.num_heads, self.grid, self.layer)
         offset = np.abs(geometry.displacements(self.grid)).max(-1)
         inside = offset[None] <= reach[:, None, None]
         bias = np.where(inside, 0.0, DROPPED).astype(np.float32)
@@ -159,11 +161,13 @@ class StaticFields(nn.Module):
       num_heads: H.
       grid: ``(GH, GW)``.
       config: initial radii, softness and threshold.
+      layer: which layer of the model this is, from 0.
     """
 
     num_heads: int
     grid: geometry.Grid
     config: FieldConfig
+    layer: int
 
     @nn.compact
     def __call__(
@@ -173,7 +177,7 @@ class StaticFields(nn.Module):
         **unused,
     ) -> LearnedFields:
         """Returns the fields; unless patches are given, those of one image for all."""
-        start = self.config.start(self.num_heads, self.grid)
+        start = self.config.start(self.num_heads, self.grid, self.layer)
         raw = self.param("extents", lambda key: jnp.asarray(start, jnp.float32))
         if patches is None:
             batch, count = 1, self.grid[0] * self.grid[1]
@@ -215,9 +219,8 @@ class GaussianViT(_LocalViT):
 
     def field_for_layer(self, layer: int):
         """Returns the maker of a layer's bias."""
-        del layer
         return functools.partial(
-            GaussianBias, grid=self.grid, config=self.fields, learned=False
+            GaussianBias, grid=self.grid, config=self.fields, layer=layer, learned=False
         )
 
 
@@ -226,19 +229,18 @@ class LearnedGaussianViT(_LocalViT):
 
     def field_for_layer(self, layer: int):
         """Returns the maker of a layer's bias."""
-        del layer
         return functools.partial(
-            GaussianBias, grid=self.grid, config=self.fields, learned=True
+            GaussianBias, grid=self.grid, config=self.fields, layer=layer, learned=True
         )
 
 
 class GrowingWindowViT(_LocalViT):
-    """A ViT with square windows, which reach one patch farther in every layer."""
+    """A ViT with square windows, which reach farther in every layer."""
 
     def field_for_layer(self, layer: int):
         """Returns the maker of a layer's bias."""
         return functools.partial(
-            WindowBias, grid=self.grid, config=self.fields, growth=float(layer)
+            WindowBias, grid=self.grid, config=self.fields, layer=layer
         )
 
 
@@ -247,5 +249,6 @@ class StaticFieldViT(_LocalViT):
 
     def field_for_layer(self, layer: int):
         """Returns the maker of a layer's fields."""
-        del layer
-        return functools.partial(StaticFields, grid=self.grid, config=self.fields)
+        return functools.partial(
+            StaticFields, grid=self.grid, config=self.fields, layer=layer
+        )

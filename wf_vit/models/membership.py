@@ -138,9 +138,11 @@ class FieldConfig:
     """How the fields of a model start and how sharp they are.
 
     Attributes:
-      radii: initial extent of the heads, in patches; cycled over the heads. 0 is just
-        wide enough to cover the grid from everywhere: the model starts as a ViT, and
-        the border is still near enough for a gradient.
+      radii: initial extent of the heads of the first layer, in patches; cycled over
+        the heads. 0 is just wide enough to cover the grid from everywhere: the layers
+        start as those of a ViT, and the border is still near enough for a gradient.
+      growth: by how much farther the fields of each layer reach at first than those
+        of the layer before, in patches, until they reach across the grid.
       softness: width of a field's border, in patches.
       threshold: hard mode: keys with a membership below it are dropped; 0 is soft.
         It has no parameters, so a model trained softly can be evaluated, or its run
@@ -154,7 +156,8 @@ class FieldConfig:
       UsageError: a value is out of range, or shared fields would read the queries.
     """
 
-    radii: tuple[float, ...] = (1.5,)
+    radii: tuple[float, ...] = (1.0,)
+    growth: float = 1.0
     softness: float = 0.5
     threshold: float = 0.0
     per_head: bool = True
@@ -165,6 +168,11 @@ class FieldConfig:
             raise UsageError(
                 f"fields.radii is {self.radii}: expected one number for each head, or "
                 "fewer to cycle over them, in patches; 0 covers the grid."
+            )
+        if self.growth < 0:
+            raise UsageError(
+                f"fields.growth is {self.growth}: expected 0 (all layers alike) or "
+                "more patches per layer."
             )
         if self.softness <= 0 or not 0 <= self.threshold < 1:
             raise UsageError(
@@ -182,15 +190,22 @@ class FieldConfig:
                 "another source."
             )
 
-    def radii_of(self, num_heads: int, grid: geometry.Grid) -> Float[np.ndarray, " H"]:
-        """Returns the initial radius of every head, in patches."""
+    def radii_of(
+        self, num_heads: int, grid: geometry.Grid, layer: int
+    ) -> Float[np.ndarray, " H"]:
+        """Returns the initial radius of every head of a layer, in patches."""
         radii = np.resize(np.asarray(self.radii, np.float64), num_heads)
         # The farthest key of a corner then loses 2 exp(-12) of its logit, 1e-5.
-        return np.where(radii == 0, max(grid) - 1 + 12 * self.softness, radii)
+        wide = max(grid) - 1 + 12 * self.softness
+        most = np.maximum(radii, max(grid) - 1)
+        grown = np.minimum(radii + layer * self.growth, most)
+        return np.where(radii == 0, wide, grown)
 
-    def start(self, num_heads: int, grid: geometry.Grid) -> Float[np.ndarray, "H 4"]:
-        """Returns what the extents of new fields are the softplus of."""
-        radii = inverse_softplus(self.radii_of(num_heads, grid))
+    def start(
+        self, num_heads: int, grid: geometry.Grid, layer: int
+    ) -> Float[np.ndarray, "H 4"]:
+        """Returns what the extents of a layer's new fields are the softplus of."""
+        radii = inverse_softplus(self.radii_of(num_heads, grid, layer))
         return np.repeat(radii[:, None], 4, axis=1)
 
 
@@ -224,11 +239,13 @@ class PredictedFields(nn.Module):
       num_heads: H.
       grid: ``(GH, GW)``.
       config: how the fields start, how sharp they are and what they read.
+      layer: which layer of the model this is, from 0.
     """
 
     num_heads: int
     grid: geometry.Grid
     config: FieldConfig
+    layer: int
 
     @nn.compact
     def __call__(
@@ -251,7 +268,7 @@ class PredictedFields(nn.Module):
         source = {"normed": x, "stream": stream, "queries": query}[self.config.source]
         features = source[:, x.shape[1] - count :].astype(jnp.float32)
         num_fields = self.num_heads if self.config.per_head else 1
-        start = self.config.start(num_fields, self.grid)
+        start = self.config.start(num_fields, self.grid, self.layer)
         predict = HeadwiseDense if self.config.source == "queries" else nn.DenseGeneral
         raw = predict(
             (num_fields, 4),

@@ -24,5 +24,6 @@ class WindowFreeViT(ViT):
 
     def field_for_layer(self, layer: int):
         """Returns the maker of the module that predicts a layer's fields."""
-        del layer
-        return functools.partial(PredictedFields, grid=self.grid, config=self.fields)
+        return functools.partial(
+            PredictedFields, grid=self.grid, config=self.fields, layer=layer
+        )

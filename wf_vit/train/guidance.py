@@ -1,8 +1,10 @@
 """Guidance: an indicator teaches a window-free transformer where to look.
 
-The definition is ours. The rows R_i of a teacher's indicator, normalised over the
-patches j, are the target of the fields. With M the membership, mean over heads, the
-loss of a layer is the mean over its patches i of
+The definitions are ours. The rows R_i of a teacher's indicator, normalised over the
+patches j, are the target, of each head or of their mean. What is to match them:
+
+``match="fields"``: the fields. With M the membership the loss of a layer is the mean
+over its patches i of
 
     1 - sum_j R_ij M_ij  +  area_weight * mean_j M_ij :
 
@@ -13,13 +15,23 @@ patch where the teacher attends as evenly as a small ViT does (results/windowfre
 Both terms are computed from the row and column profiles of the membership, never from
 M itself. In hard mode the loss is that of the soft membership, which has a gradient
 everywhere.
+
+``match="attention"``: what the student really does within its fields. With A the
+attention over patches, the loss is the mean over patches of the divergence
+
+    sum_j R_ij log(R_ij / A_ij) .
+
+Rows of A sum to 1, so that area costs without a weight to choose, and queries, keys
+and fields all learn from it. Models without fields can be guided too.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import rel_entr
 from jaxtyping import Array, Float, Int
 from jaxtyping import Key as KeyArray
 
@@ -35,6 +47,9 @@ ATTENTION = ("mean", "max", "std", "odds")
 TAUGHT = (*ATTENTION, "knockout", "propagated")
 # Targets that need no teacher: the controls of those that do.
 UNTAUGHT = ("random", "distance")
+MATCHES = ("fields", "attention")
+# Attention below this counts as this: what a hard field drops is exactly 0.
+_LEAST = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +78,9 @@ class Guidance:
       indicator: one of ``TAUGHT`` or ``UNTAUGHT``.
       num_probes: of the propagated indicator.
       teacher: None for untaught indicators, or for the area term alone.
+      match: what of the student is to match the target, one of ``MATCHES``.
+      per_head: whether each head of the student is taught by the teacher's of the same
+        index, or the mean over heads by the indicator fused over them.
     """
 
     weight: float
@@ -71,6 +89,8 @@ class Guidance:
     indicator: str
     num_probes: int
     teacher: Teacher | None
+    match: str
+    per_head: bool
 
     def __post_init__(self):
         if self.weight < 0 or self.area_weight < 0:
@@ -83,11 +103,27 @@ class Guidance:
                 f"guidance.indicator is {self.indicator!r}: choose one of "
                 f"{', '.join(TAUGHT + UNTAUGHT)}."
             )
-        if self.teacher is not None and self.indicator in UNTAUGHT:
+        if self.teacher is not None and self.untaught:
             raise UsageError(
                 f"guidance.indicator={self.indicator!r} needs no teacher: set "
                 "guidance.teacher='', or another indicator."
             )
+        if self.match not in MATCHES:
+            raise UsageError(
+                f"guidance.match is {self.match!r}: choose one of {', '.join(MATCHES)}."
+            )
+        if self.match == "attention" and not (self.teacher or self.untaught):
+            raise UsageError(
+                f"guidance.match='attention' and indicator={self.indicator!r} need a "
+                "teacher, since attention has no area: set guidance.teacher, "
+                "match='fields', or one of the indicators "
+                f"{', '.join(UNTAUGHT)}."
+            )
+
+    @property
+    def untaught(self) -> bool:
+        """Returns whether the target needs no teacher."""
+        return self.indicator in UNTAUGHT
 
     def weight_at(self, step: Array) -> Float[Array, ""]:
         """Returns the weight of the loss before update ``step``, counted from 0."""
@@ -96,7 +132,7 @@ class Guidance:
 
 def guide(
     guidance: Guidance,
-    fields: dict[int, LearnedFields],
+    outputs: dict[str, Any],
     step: Int[Array, ""],
     params: Params | None,
     images: Images,
@@ -106,13 +142,14 @@ def guide(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Returns the weighted loss of a student's fields; see the top of this module.
+    """Returns the weighted loss of a student; see the top of this module.
 
     The teacher runs only as long as the weight is not 0.
 
     Args:
       guidance: what guides.
-      fields: of the student, by layer.
+      outputs: of the student: its ``fields`` by layer, and to match attention its
+        ``records`` of all layers.
       step: updates done before this one.
       params: of the teacher, if there is one.
       images: as the student sees them.
@@ -122,8 +159,9 @@ def guide(
       std: see ``target``.
 
     Returns:
-      The loss, and as metrics ``guidance_loss``, the same, and ``field_coverage``,
-      ``sum_j R_ij M_ij`` (0 without a target, and when guidance is over).
+      The loss, and as metrics ``guidance_loss``, the same, and what it is made of:
+      ``field_coverage``, ``sum_j R_ij M_ij`` (0 without a target), or
+      ``attention_divergence``, in nats. Both are 0 when guidance is over.
     """
     weight = guidance.weight_at(step)
 
@@ -137,20 +175,53 @@ def guide(
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     rows = jax.lax.cond(weight > 0, look, rest, params, images, keys)
-    covered, area = coverage_and_area(fields, rows)
+    if guidance.match == "attention":
+        apart = divergence(outputs["records"], rows, student.num_prefix_tokens)
+        loss = weight * apart
+        return loss, {"guidance_loss": loss, "attention_divergence": apart}
+    covered, area = coverage_and_area(outputs["fields"], rows)
     missed = 0.0 if rows is None else 1 - covered
     loss = weight * (missed + guidance.area_weight * area)
     return loss, {"guidance_loss": loss, "field_coverage": covered}
 
 
+def divergence(
+    records: dict[int, dict[str, Array]],
+    target: Float[Array, "L B *H P P"],
+    num_prefix_tokens: int,
+) -> Float[Array, ""]:
+    """Returns how far attention is from the target, ``sum_j R_ij log(R_ij / A_ij)``.
+
+    Args:
+      records: of the student, by layer, with its ``attention [B H N N]``.
+      target: R of each layer, for each head or for their mean.
+      num_prefix_tokens: of the student, which are left out.
+
+    Returns:
+      The mean over layers, images, heads (if they are apart) and patches, in nats.
+    """
+    apart = []
+    for place, layer in enumerate(sorted(records)):
+        attention = indicators.interaction_indicator(
+            records[layer]["attention"],
+            num_prefix_tokens=num_prefix_tokens,
+            per_head=target.ndim == 5,
+            normalize=True,
+        )
+        attention = jnp.maximum(attention, _LEAST)
+        apart.append(rel_entr(target[place], attention).sum(-1).mean())
+    return jnp.stack(apart).mean()
+
+
 def coverage_and_area(
-    fields: dict[int, LearnedFields], target: Float[Array, "L B P P"] | None
+    fields: dict[int, LearnedFields], target: Float[Array, "L B *H P P"] | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns how much of the target the fields cover, and their area.
 
     Args:
       fields: of the student, by layer.
-      target: for each of its layers, rows that sum to 1; None: none is covered.
+      target: for each of its layers, rows that sum to 1, of each head or of their
+        mean; None: none is covered.
 
     Returns:
       ``sum_j R_ij M_ij`` and ``mean_j M_ij``, each the mean over layers, images and
@@ -168,24 +239,25 @@ def coverage_and_area(
 
 
 def coverage(
-    target: Float[Array, "B P P"],
+    target: Float[Array, "B *H P P"],
     rows: Float[Array, "#B #H P GH"],
     columns: Float[Array, "#B #H P GW"],
 ) -> Float[Array, ""]:
     """Returns ``sum_j R_ij M_ij``, mean over images and patches.
 
     Args:
-      target: R, rows that sum to 1.
+      target: R, rows that sum to 1, of each head or of their mean.
       rows: membership of every row of the grid, for each query and head.
-      columns: membership of every column, so that M is the mean over heads of their
-        products.
+      columns: membership of every column, so that M is their product, of each head
+        or the mean over heads.
     """
     height, width = rows.shape[-1], columns.shape[-1]
     grids = target.reshape(*target.shape[:-1], height, width)
     batch = (len(target), rows.shape[1])
     rows = jnp.broadcast_to(rows, (*batch, *rows.shape[2:]))
     columns = jnp.broadcast_to(columns, (*batch, *columns.shape[2:]))
-    by_row = jnp.einsum("bpyx,bhpx->bhpy", grids, columns)
+    heads = "h" if target.ndim == 4 else ""
+    by_row = jnp.einsum(f"b{heads}pyx,bhpx->bhpy", grids, columns)
     return (by_row * rows).sum(-1).mean()
 
 
@@ -198,8 +270,8 @@ def target(
     student: ViT,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Float[Array, "L B P P"] | None:
-    """Returns what each layer of the student should cover.
+) -> Float[Array, "L B *H P P"] | None:
+    """Returns what each layer of the student, or each of its heads, should attend to.
 
     A teacher sees the student's own augmented images, resized to its size. If it is
     deeper or shallower, the student's first layer is taught by its first, the last by
@@ -217,9 +289,14 @@ def target(
 
     Returns:
       Rows that sum to 1, without a gradient; None: the area term acts alone.
+
+    Raises:
+      UsageError: heads are to be taught one by one, by a teacher of another number.
     """
     teacher = guidance.teacher
-    shape = (student.depth, len(images), *2 * (student.grid[0] * student.grid[1],))
+    heads = (student.num_heads,) if guidance.per_head else ()
+    patches = student.grid[0] * student.grid[1]
+    shape = (student.depth, len(images), *heads, patches, patches)
     if guidance.indicator == "distance":
         near = _normalized(1 / (1 + jnp.asarray(geometry.distances(student.grid))))
         return jnp.broadcast_to(near, shape)
@@ -228,6 +305,12 @@ def target(
         return _normalized(draw(keys).swapaxes(0, 1))
     if teacher is None:
         return None
+    if guidance.per_head and teacher.model.num_heads != student.num_heads:
+        raise UsageError(
+            f"guidance.per_head=True, but the teacher has {teacher.model.num_heads} "
+            f"heads and the student {student.num_heads}: set model.num_heads to the "
+            "teacher's, or per_head=False."
+        )
     images = renormalized(images, student.image_size, mean, std, teacher)
     depths = np.linspace(0, teacher.model.depth - 1, student.depth)
     matched = tuple(int(layer) for layer in np.floor(depths + 0.5))
@@ -293,10 +376,11 @@ def _impact(
     images: Images,
     key: Array,
     layers: tuple[int, ...],
-) -> Float[Array, "L B P P"]:
+) -> Float[Array, "L B *H P P"]:
     """Returns the teacher's indicator of a batch."""
     model = guidance.teacher.model
     options = {"layers": layers, "batch_size": len(images)}
+    per_head = guidance.per_head
     if guidance.indicator == "propagated":
         (knockout,) = recording.propagate(
             model,
@@ -305,6 +389,7 @@ def _impact(
             target="tokens",
             key=key,
             num_probes=guidance.num_probes,
+            per_head=per_head,
             **options,
         )
         return knockout.impact
@@ -317,9 +402,13 @@ def _impact(
             recorded.values,
             *projection,
             num_prefix_tokens=prefix,
+            per_head=per_head,
         )
     return indicators.interaction_indicator(
-        recorded.attention, method=guidance.indicator, num_prefix_tokens=prefix
+        recorded.attention,
+        method=guidance.indicator,
+        num_prefix_tokens=prefix,
+        per_head=per_head,
     )
 
 

@@ -57,11 +57,17 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     config.guidance = ml_collections.ConfigDict()
     config.guidance.weight = 0.0
     set_duration(config, "guidance", percent=100)
-    # An interaction is worth covering if it has more than this times the even share
-    # of its row; so it should be 1 or more.
+    # What of the model is to match the indicator: its 'attention', or its 'fields',
+    # which should cover it with little area.
+    config.guidance.match = "attention"
+    # Each head learns from the teacher's of the same index, so there must be as many;
+    # False: the mean over heads learns from the indicator fused over them.
+    config.guidance.per_head = True
+    # To match fields: an interaction is worth covering if it has more than this times
+    # the even share of its row; so it should be 1 or more.
     config.guidance.area_weight = 1.0
-    # Whatever wf_vit.models.pretrained.load opens. '': the area term acts alone,
-    # unless the indicator needs no teacher.
+    # Whatever wf_vit.models.pretrained.load opens. '': the indicator needs none, or,
+    # to match fields, the area term acts alone.
     config.guidance.teacher = ""
     # 'mean', 'max', 'std', 'odds', 'knockout' or 'propagated'; without a teacher, as
     # controls, 'distance' or 'random'.

@@ -143,8 +143,13 @@ def _loss(
         config=recipe.augment,
     )
     drop_path_key = jax.random.fold_in(micro["key"][0], 2)
+    guidance = recipe.guidance
     logits, out = model.apply(
-        {"params": params}, images, train=True, rngs={"drop_path": drop_path_key}
+        {"params": params},
+        images,
+        train=True,
+        record=guidance is not None and guidance.match == "attention",
+        rngs={"drop_path": drop_path_key},
     )
     loss = optax.softmax_cross_entropy(
         logits, optax.smooth_labels(labels, recipe.label_smoothing)
@@ -154,11 +159,11 @@ def _loss(
     if out["fields"]:
         areas = [fields.area().mean() for fields in out["fields"].values()]
         metrics["field_area"] = jnp.stack(areas).mean()
-    if recipe.guidance is None:
+    if guidance is None:
         return loss, metrics
     extra, guidance_metrics = guiding.guide(
-        recipe.guidance,
-        out["fields"],
+        guidance,
+        out,
         step,
         teacher,
         images,

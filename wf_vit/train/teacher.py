@@ -37,11 +37,11 @@ def guidance_and_teacher(
                 "0: set config.guidance.weight (1 is a start), or no teacher."
             )
         return None, None
-    if config.model.name not in registry.FIELD_MODELS:
+    if options.match == "fields" and config.model.name not in registry.FIELD_MODELS:
         raise UsageError(
             f"config.guidance.weight is {options.weight}, but {config.model.name!r} "
-            f"has no fields to guide: use {' or '.join(registry.FIELD_MODELS)}, or "
-            "set the weight to 0."
+            f"has no fields to guide: use {' or '.join(registry.FIELD_MODELS)}, or set "
+            "config.guidance.match='attention', or the weight to 0."
         )
     teacher, params = None, None
     if options.teacher:
@@ -53,6 +53,8 @@ def guidance_and_teacher(
         indicator=options.indicator,
         num_probes=options.num_probes,
         teacher=teacher,
+        match=options.match,
+        per_head=options.per_head,
     )
     return guidance, params
 
