@@ -34,6 +34,8 @@ def get_config(dataset: str = "caltech_birds2011") -> ml_collections.ConfigDict:
     config = default_config("vit", "B/16")
     config.model.drop_path = 0.1
     config.model.fields.radii = (0.0,)  # a ViT at first
+    # A teacher that attends as this model does at first has only its fields to teach.
+    config.guidance.match = "fields"
 
     config.data.name = dataset
     config.data.eval = {"test": DATASETS[dataset]}

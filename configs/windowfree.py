@@ -8,11 +8,11 @@ Kolesnikov, arXiv 2205.01580): batch 1024, inception crop, flips, RandAugment (2
 mixup 0.2, no dropout, mean pooling, fixed positions. For a ViT-S/16 the source reports
 76.5 % top-1 on the validation set after 90 epochs, in 6 to 7 hours on 8 TPU-v3 cores;
 we have not run it, and have no figure for WinfT at this scale yet.
-configs/vit.py is the same recipe with plain attention. To guide the fields by what a
-trained ViT looks at (wf_vit/train/guidance.py), for a run of configs/vit.py in VIT:
+configs/vit.py is the same recipe with plain attention. To guide the model by what a
+trained one of as many heads attends to (wf_vit/train/guidance.py), for its run in RUN:
 
     python main.py --config=configs/windowfree.py \
-        --config.guidance.teacher=VIT --config.guidance.weight=1
+        --config.guidance.teacher=RUN --config.guidance.weight=1
 """
 
 import ml_collections
