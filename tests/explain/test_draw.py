@@ -72,10 +72,11 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
     )
     explain(config, tmp_path)
     explanation = Explanation.load(tmp_path / "images/a.png")
-    # Untrained fields have the initial radius on every side.
+    # Untrained fields have the initial radius of their layer on every side.
+    radii = 1.0 + np.arange(LAYERS).reshape(-1, 1, 1, 1)
     np.testing.assert_allclose(
         explanation.learned.extents,
-        np.full((LAYERS, HEADS, PATCHES, 4), 1.5),
+        np.broadcast_to(radii, (LAYERS, HEADS, PATCHES, 4)),
         rtol=1e-5,
     )
     assert explanation.field_heads.box.shape == (LAYERS, HEADS, PATCHES, 4)
