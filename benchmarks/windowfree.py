@@ -95,7 +95,7 @@ VARIANTS = {
     "winft_shared": _winft(per_head=False),
     "winft_stream": _winft(source="stream"),
     "winft_queries": _winft(source="queries"),
-    # Controls of guidance: nothing to learn from, and no fields to learn with.
+    # Controls of guidance: targets that know no image, and a student without fields.
     "winft_random": {**_winft(), **_guided(indicator="random")},
     "winft_distance": {**_winft(), **_guided(indicator="distance")},
     "vit_guided": {"model.name": "vit", **_guided("vit")},

@@ -1,4 +1,4 @@
-"""Guidance: an indicator teaches a window-free transformer where to look.
+"""Guidance: an indicator teaches a model where to look.
 
 The definitions are ours. The rows R_i of a teacher's indicator, normalised over the
 patches j, are the target, of each head or of their mean. What is to match them:

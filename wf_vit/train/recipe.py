@@ -52,7 +52,7 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     # and exported; 0: none.
     config.ema_decay = 0.0
 
-    # An indicator teaches the fields where to look (wf_vit.train.guidance), for a
+    # An indicator teaches the model where to look (wf_vit.train.guidance), for a
     # while: the weight falls linearly to 0 over the duration. 0: no guidance.
     config.guidance = ml_collections.ConfigDict()
     config.guidance.weight = 0.0
