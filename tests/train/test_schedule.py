@@ -77,14 +77,10 @@ def test_only_kernels_decay():
 
 def rates_of(model):
     """The exponent of the layer decay of every parameter, by name."""
-    params = state.init_params(model, seed=0)
-    return {
-        "/".join(names): round(
-            np.log(schedule.relative_rate(names, depth=model.depth, decay=0.5))
-            / np.log(0.5)
-        )
-        for names in traverse_util.flatten_dict(params)
-    }
+    names = traverse_util.flatten_dict(state.init_params(model, seed=0))
+    options = {"depth": model.depth, "decay": 0.5, "fields": 1.0}
+    rates = {"/".join(name): schedule.relative_rate(name, **options) for name in names}
+    return {name: round(np.log(rate) / np.log(0.5)) for name, rate in rates.items()}
 
 
 @pytest.mark.parametrize(
@@ -111,24 +107,28 @@ def test_rates_fall_with_depth_for_every_parameter(options):
     assert sum("/field/" in name for name in seen) == 2 * 3
 
 
-def test_layer_decay_scales_the_whole_update():
+def test_layers_and_fields_scale_the_whole_update():
     config = config_with(total_steps=100, warmup_steps=0)
     config.model.name = "windowfree"
     model = registry.create_model(config.model, num_classes=3, image_size=32)
     params = state.init_params(model, seed=0)
     gradients = jax.tree.map(jnp.ones_like, params)
     updates = {}
-    for decay in (1.0, 0.5):
-        config.optimizer.layer_decay = decay
+    for rates in ((1.0, 1.0), (0.5, 1.0), (1.0, 10.0), (0.5, 10.0)):
+        config.optimizer.layer_decay, config.optimizer.fields_rate = rates
         optimizer = schedule.make_optimizer(config, schedule.durations(config, 1000))
         start = jax.jit(optimizer.init)(params)
         step, _ = jax.jit(optimizer.update)(gradients, start, params)
-        updates[decay] = traverse_util.flatten_dict(step)
-    for names, update in updates[1.0].items():
-        rate = schedule.relative_rate(names, depth=2, decay=0.5)
-        np.testing.assert_allclose(updates[0.5][names], rate * update, rtol=1e-6)
-    kernel = ("patches", "kernel")
-    np.testing.assert_allclose(updates[0.5][kernel], updates[1.0][kernel] / 8)
+        updates[rates] = traverse_util.flatten_dict(step)
+    whole = updates.pop((1.0, 1.0))
+    for (decay, fields), scaled in updates.items():
+        for names, update in whole.items():
+            rate = schedule.relative_rate(names, depth=2, decay=decay, fields=fields)
+            np.testing.assert_allclose(scaled[names], rate * update, rtol=1e-6)
+        kernel = ("patches", "kernel")
+        np.testing.assert_allclose(scaled[kernel], whole[kernel] * decay**3)
+        extents = ("blocks_0", "attention", "field", "extents", "kernel")
+        np.testing.assert_allclose(scaled[extents], whole[extents] * fields, rtol=1e-6)
 
 
 def test_adam_sees_the_gradient_of_wide_fields():
@@ -154,6 +154,13 @@ def test_impossible_layer_decay_is_named(decay):
     config = config_with(total_steps=100, warmup_steps=0)
     config.optimizer.layer_decay = decay
     with pytest.raises(UsageError, match="at most 1"):
+        schedule.make_optimizer(config, schedule.durations(config, 1000))
+
+
+def test_negative_rate_of_the_fields_is_named():
+    config = config_with(total_steps=100, warmup_steps=0)
+    config.optimizer.fields_rate = -1.0
+    with pytest.raises(UsageError, match="keeps the fields as they start"):
         schedule.make_optimizer(config, schedule.durations(config, 1000))
 
 

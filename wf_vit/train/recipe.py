@@ -43,8 +43,10 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
     # The rate of block l of L is multiplied by layer_decay ** (L - l), that of the
-    # embedding by layer_decay ** (L + 1); the head and the fields have the full rate.
+    # embedding by layer_decay ** (L + 1); that of the head is the full one.
     config.optimizer.layer_decay = 1.0
+    # The rate of the fields, of all layers, is that of the head times this.
+    config.optimizer.fields_rate = 1.0
     # Micro-batches per step, to fit a batch into memory. Same gradient, less memory.
     config.accumulate_steps = 1
     config.label_smoothing = 0.0

@@ -99,18 +99,24 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns AdamW (arXiv 1711.05101) behind a clipping of the global norm.
 
-    With ``layer_decay``, each parameter has its own rate (``relative_rate``). Where
-    fields start wide (``fields.radii`` of 0), their gradient is so small that Adam's
-    epsilon would hide it; it is made larger, which Adam does not notice otherwise.
+    With ``layer_decay`` and ``fields_rate``, each parameter has its own rate
+    (``relative_rate``). Where fields start wide (``fields.radii`` of 0), their gradient
+    is so small that Adam's epsilon would hide it; it is made larger, which Adam does
+    not notice otherwise.
 
     Raises:
-      UsageError: the layer decay is out of range.
+      UsageError: the layer decay or the fields' rate is out of range.
     """
     options = config.optimizer
     if not 0 < options.layer_decay <= 1:
         raise UsageError(
             f"config.optimizer.layer_decay is {options.layer_decay}: expected more "
             "than 0 and at most 1, which gives all layers the same rate."
+        )
+    if options.fields_rate < 0:
+        raise UsageError(
+            f"config.optimizer.fields_rate is {options.fields_rate}: expected 0, which "
+            "keeps the fields as they start, or more; 1 is the rate of the head."
         )
     adamw = optax.adamw(
         learning_rate(config, steps),
@@ -124,8 +130,8 @@ def make_optimizer(
         parts.insert(0, _amplify_fields(_WIDE_FIELDS_GAIN))
     if options.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
-    if options.layer_decay < 1:
-        parts.append(_scale_by_layer(options.layer_decay))
+    if options.layer_decay < 1 or options.fields_rate != 1:
+        parts.append(_scale_updates(options.layer_decay, options.fields_rate))
     return optax.chain(*parts) if len(parts) > 1 else adamw
 
 
@@ -144,7 +150,7 @@ def _amplify_fields(gain: float) -> optax.GradientTransformation:
     return optax.stateless(amplify)
 
 
-def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+def _scale_updates(decay: float, fields: float) -> optax.GradientTransformation:
     """Returns what multiplies every update by its ``relative_rate``."""
 
     def scale(updates: Params, params: Params | None) -> Params:
@@ -153,7 +159,9 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(
             lambda path, update: (
                 update
-                * relative_rate([key.key for key in path], depth=depth, decay=decay)
+                * relative_rate(
+                    [key.key for key in path], depth=depth, decay=decay, fields=fields
+                )
             ),
             updates,
         )
@@ -161,22 +169,27 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def relative_rate(path: Sequence[str], *, depth: int, decay: float) -> float:
+def relative_rate(
+    path: Sequence[str], *, depth: int, decay: float, fields: float
+) -> float:
     """Returns a parameter's learning rate, as a share of that of the head.
 
     As in BEiT (arXiv 2106.08254): ``decay ** (L - l)`` for block l, counted from 0,
     ``decay ** (L + 1)`` for the embedding, and 1 for what follows the blocks. Fields
-    keep the full rate too, wherever they are: when a ViT becomes a window-free
+    have a rate of their own, wherever they are: when a ViT becomes a window-free
     transformer they are as new as the head.
 
     Args:
       path: the names that lead to the parameter.
       depth: L.
       decay: from one layer to the one below it.
+      fields: of the fields of all layers.
     """
+    if FIELD in path:
+        return fields
     if path[0] in _EMBEDDING:
         return decay ** (depth + 1)
-    if path[0].startswith(_BLOCK) and FIELD not in path:
+    if path[0].startswith(_BLOCK):
         return decay ** (depth - int(path[0].removeprefix(_BLOCK)))
     return 1.0
 
