@@ -4,14 +4,20 @@ r"""Do learned fields follow the image? Their overlap with the fields of a teach
         --students=RUN/winft,RUN/winft_guided --output=results/windowfree/field_overlap
 
 On test images, which no model was trained on. A patch's field is the share --area of
-the grid that it values most: by the teacher's attention, mean over heads, and by the
-student's membership, likewise. Their overlap is the intersection over the union, mean
-over layers and patches. The controls are fields of the same area: random, the nearest
-patches, and the student's own fields on the image before. What the fields have of the
-image is what they overlap beyond the last, which have all the rest: position, layer
-and size. Intervals are half the 95 % interval of the mean over images, of one run each.
+the grid that it values most: by the teacher's attention, and by the student's
+membership; both mean over heads, or, with --per_head, each head's against that of the
+same index. Their overlap is the intersection over the union, mean over layers, heads
+and patches. The controls are fields of the same area: random, the nearest patches, and
+the student's own fields on the image before. What the fields have of the image is what
+they overlap beyond the last, which have all the rest: position, layer and size.
 
-Prints the table and writes OUTPUT.json and OUTPUT.md. Takes a minute on two cores.
+With --objects it is also measured which share of the fields of an object's patches lies
+on the object. An object is where the first principal component of the teacher's patch
+features over all images is above its mean, which is how DINOv2 (arXiv 2304.07193)
+tells objects from backgrounds; its sign is such that borders are background.
+
+Intervals are half the 95 % interval of the mean over images, of one run each. Prints
+the tables and writes OUTPUT.json and OUTPUT.md. Takes a minute on two cores.
 """
 
 import json
@@ -25,14 +31,19 @@ from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, UInt8
 
 from benchmarks import packed
-from wf_vit import grid, indicators
+from wf_vit import grid as geometry
+from wf_vit import indicators
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.windowfree import WindowFreeViT
 from wf_vit.shapes import Images
 
-Masks = Bool[Array, "L B P P"]
+Masks = Bool[Array, "L B H P P"]
+Measured = dict[str, Float[np.ndarray, "L B"]]
+
+OWN, BEFORE, BEYOND = "learned fields", "of the image before", "beyond that image"
+TAUGHT = "teacher's"
 
 
 def largest(score: Float[Array, "*batch P P"], count: int) -> Bool[Array, "*batch P P"]:
@@ -41,29 +52,59 @@ def largest(score: Float[Array, "*batch P P"], count: int) -> Bool[Array, "*batc
     return jax.nn.one_hot(keys, score.shape[-1], dtype=bool).any(-2)
 
 
-def overlap(one: Masks, other: Masks) -> Float[Array, " B"]:
-    """Returns the intersection over the union, mean over layers and patches."""
+def overlap(one: Masks, other: Masks) -> Float[Array, "L B"]:
+    """Returns the intersection over the union, mean over heads and patches."""
     both = (one & other).sum(-1) / (one | other).sum(-1)
-    return both.mean((0, 2))
+    return both.mean((2, 3))
 
 
-@partial(jax.jit, static_argnames=("model", "count"))
-def attended(params, images: Images, *, model, count: int) -> Masks:
-    """Returns the fields of a model by its attention, mean over heads."""
+def share_on(objects: Bool[np.ndarray, "B P"], masks: Masks) -> Float[Array, "L B"]:
+    """Returns which share of an object's patches' fields lies on it; nan without one.
+
+    The mean over heads and the object's patches.
+    """
+    hit = jnp.einsum("lbhpq,bq->lbhp", masks.astype(jnp.float32), objects)
+    share = (hit / masks.sum(-1)).mean(2)
+    return jnp.einsum("lbp,bp->lb", share, objects) / objects.sum(-1)[None]
+
+
+def objects_in(
+    features: Float[np.ndarray, "B P D"], grid: geometry.Grid
+) -> Bool[np.ndarray, "B P"]:
+    """Returns where the first principal component of all patches tells an object."""
+    centred = features - features.mean((0, 1))
+    flat = centred.reshape(-1, centred.shape[-1])
+    _, directions = np.linalg.eigh(flat.T @ flat)
+    component = centred @ directions[:, -1]
+    inner = np.zeros(grid, bool)
+    inner[1:-1, 1:-1] = True
+    inner = inner.ravel()
+    outward = component[:, inner].mean() < component[:, ~inner].mean()
+    return (-component if outward else component) > 0
+
+
+@partial(jax.jit, static_argnames=("model", "count", "per_head"))
+def attended(
+    params, images: Images, *, model, count: int, per_head: bool
+) -> tuple[Masks, Float[Array, "B P D"]]:
+    """Returns the fields of a model by its attention, and its patch features."""
     _, out = model.apply({"params": params}, images, record=True)
     attention = jnp.stack([record["attention"] for record in out["records"].values()])
-    mean = indicators.interaction_indicator(
-        attention, method="mean", num_prefix_tokens=model.num_prefix_tokens
+    prefix = model.num_prefix_tokens
+    impact = indicators.interaction_indicator(
+        attention, method="mean", num_prefix_tokens=prefix, per_head=per_head
     )
-    return largest(mean, count)
+    heads = impact if per_head else impact[:, :, None]
+    return largest(heads, count), out["tokens"][:, prefix:]
 
 
-@partial(jax.jit, static_argnames=("model", "count"))
-def learned(params, images: Images, *, model, count: int) -> Masks:
+@partial(jax.jit, static_argnames=("model", "count", "per_head"))
+def learned(params, images: Images, *, model, count: int, per_head: bool) -> Masks:
     """Returns the fields of a window-free transformer by its membership."""
     _, out = model.apply({"params": params}, images)
-    membership = [jnp.exp(f.log_membership()).mean(1) for f in out["fields"].values()]
-    return largest(jnp.stack(membership), count)
+    heads = [jnp.exp(fields.log_membership()) for fields in out["fields"].values()]
+    heads = jnp.stack(heads)
+    return largest(heads if per_head else heads.mean(2, keepdims=True), count)
 
 
 def measure(
@@ -73,8 +114,9 @@ def measure(
     *,
     area: float,
     batch_size: int,
-) -> dict[str, Float[np.ndarray, " B"]]:
-    """Returns each overlap with the teacher's fields, image by image.
+    per_head: bool = False,
+) -> tuple[Measured, Measured]:
+    """Returns each overlap with the teacher's fields, and each share on the object.
 
     Raises:
       UsageError: models that cannot be compared, or images that do not fill batches.
@@ -90,53 +132,90 @@ def measure(
     if len({(model.depth, model.grid) for model in models}) > 1:
         sizes = " and ".join(f"{m.depth} layers on {m.grid}" for m in models)
         raise UsageError(f"Student and teacher differ, {sizes}: they must be alike.")
+    if per_head and len({model.num_heads for model in models}) > 1:
+        counts = " and ".join(str(model.num_heads) for model in models)
+        raise UsageError(
+            f"Student and teacher have {counts} heads: leave out --per_head."
+        )
     shape = student.model.grid
     patches = shape[0] * shape[1]
-    count = round(area * patches)
-    size = (student.model.depth, batch_size, patches, patches)
-    near = jnp.broadcast_to(-grid.distances(shape), size)
-    overlaps = []
-    for place, start in enumerate(range(0, len(images), batch_size)):
-        batch = images[start : start + batch_size]
-        taught, own = (
-            fields(run.params, run.preprocess(batch), model=run.model, count=count)
-            for fields, run in ((attended, teacher), (learned, student))
-        )
-        noise = jax.random.uniform(jax.random.key(place), size)
+    options = {"count": round(area * patches), "per_head": per_head}
+    batches = images.reshape(-1, batch_size, *images.shape[1:])
+
+    def look(fields, run):
+        def apply(batch):
+            return fields(run.params, run.preprocess(batch), model=run.model, **options)
+
+        return [jax.device_get(apply(batch)) for batch in batches]
+
+    taught, features = zip(*look(attended, teacher), strict=True)
+    objects = objects_in(np.concatenate(features), shape)
+    objects = objects.reshape(len(batches), batch_size, patches)
+    overlaps, shares = [], []
+    for place, own in enumerate(look(learned, student)):
+        near = jnp.broadcast_to(-geometry.distances(shape), own.shape)
+        noise = jax.random.uniform(jax.random.key(place), own.shape)
         candidates = {
-            "learned fields": own,
-            "of the image before": jnp.roll(own, 1, axis=1),
-            "nearest": largest(near, count),
-            "random": largest(noise, count),
+            OWN: own,
+            BEFORE: jnp.roll(own, 1, axis=1),
+            "nearest": largest(near, options["count"]),
+            "random": largest(noise, options["count"]),
         }
-        overlaps.append({n: overlap(taught, m) for n, m in candidates.items()})
-    joined = {n: np.concatenate([o[n] for o in overlaps]) for n in overlaps[0]}
-    joined["beyond the image before"] = (
-        joined["learned fields"] - joined["of the image before"]
-    )
-    return joined
+        overlaps.append({n: overlap(taught[place], m) for n, m in candidates.items()})
+        candidates[TAUGHT] = taught[place]
+        shares.append({n: share_on(objects[place], m) for n, m in candidates.items()})
+    return _joined(overlaps), _joined(shares)
 
 
-def summarize(values: np.ndarray) -> dict[str, float]:
-    """Returns the mean over images and half its 95 % interval."""
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return {"mean": float(values.mean()), "interval": float(1.96 * error)}
+def _joined(batches: list[dict[str, Float[Array, "L B"]]]) -> Measured:
+    """Returns the batches as one, and what is beyond the image before."""
+    whole = {n: np.concatenate([b[n] for b in batches], axis=1) for n in batches[0]}
+    return {**whole, BEYOND: whole[OWN] - whole[BEFORE]}
+
+
+def summarize(values: Float[np.ndarray, "L B"]) -> dict[str, float | list[float]]:
+    """Returns the mean over images, half its 95 % interval, and the mean by layer.
+
+    Images without a value, nan, are left out.
+    """
+    values = values[:, ~np.isnan(values).any(0)]
+    mean = values.mean(0)
+    error = mean.std(ddof=1) / len(mean) ** 0.5
+    return {
+        "mean": float(mean.mean()),
+        "interval": float(1.96 * error),
+        "layers": [round(float(layer), 4) for layer in values.mean(1)],
+    }
 
 
 def table(results: dict) -> str:
     """Returns the results as Markdown."""
-    students = results["overlap"]
-    names = list(next(iter(students.values())))
+    area = f"{100 * results['area']:.0f} % of the grid"
+    heads = "head by head" if results["per_head"] else "mean over heads"
     lines = [
-        f"Overlap (intersection over union) with the fields of the teacher on "
-        f"{results['images']} test images, each {100 * results['area']:.0f} % of the "
-        f"grid; ± half the 95 % interval over images.\n",
-        f"| student | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
+        f"On {results['images']} test images; a field is the {area} that a patch "
+        f"values most, {heads}; ± half the 95 % interval over images.",
     ]
-    for student, values in students.items():
-        cells = [f"{v['mean']:.3f} ± {v['interval']:.3f}" for v in values.values()]
-        lines.append(f"| {student} | {' | '.join(cells)} |")
+    titles = {
+        "overlap": "Overlap (intersection over union) with the fields of the teacher",
+        "objects": "Share of the fields of an object's patches that lies on the object",
+    }
+    for key, title in titles.items():
+        if key not in results:
+            continue
+        students = results[key]
+        names = list(next(iter(students.values())))
+        lines += ["", f"## {title}", "", f"| student | {' | '.join(names)} |"]
+        lines.append("|---" * (len(names) + 1) + "|")
+        for student, values in students.items():
+            cells = [f"{v['mean']:.3f} ± {v['interval']:.3f}" for v in values.values()]
+            lines.append(f"| {student} | {' | '.join(cells)} |")
+        depth = max(len(v[BEYOND]["layers"]) for v in students.values())
+        layers = " | ".join(str(layer) for layer in range(depth))
+        lines += ["", f"| {BEYOND}, by layer | {layers} |", "|---" * (depth + 1) + "|"]
+        for student, values in students.items():
+            cells = [f"{mean:.3f}" for mean in values[BEYOND]["layers"]]
+            lines.append(f"| {student} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -146,21 +225,29 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     splits, _ = packed.load(Path(_DATA.value))
     images = splits["test"].images[: _IMAGES.value]
-    overlaps = {}
+    results = {
+        "images": len(images),
+        "area": _AREA.value,
+        "per_head": _PER_HEAD.value,
+        "teacher": _TEACHER.value,
+        "overlap": {},
+        **({"objects": {}} if _OBJECTS.value else {}),
+    }
     for path in _STUDENTS.value:
         student = pretrained.load(path)
         size = student.model.image_size
         teacher = pretrained.load(_TEACHER.value, image_size=size)
         measured = measure(
-            student, teacher, images, area=_AREA.value, batch_size=_BATCH.value
+            student,
+            teacher,
+            images,
+            area=_AREA.value,
+            batch_size=_BATCH.value,
+            per_head=_PER_HEAD.value,
         )
-        overlaps[path] = {n: summarize(v) for n, v in measured.items()}
-    results = {
-        "images": len(images),
-        "area": _AREA.value,
-        "teacher": _TEACHER.value,
-        "overlap": overlaps,
-    }
+        for key, found in zip(("overlap", "objects"), measured, strict=True):
+            if key in results:
+                results[key][path] = {n: summarize(v) for n, v in found.items()}
     print(table(results))
     if _OUTPUT.value:
         output = Path(_OUTPUT.value)
@@ -178,6 +265,8 @@ if __name__ == "__main__":
     )
     _OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
     _AREA = flags.DEFINE_float("area", 0.25, "Share of the grid that is a field.")
+    _PER_HEAD = flags.DEFINE_bool("per_head", False, "Compare head by head.")
+    _OBJECTS = flags.DEFINE_bool("objects", False, "Also the share on objects.")
     _IMAGES = flags.DEFINE_integer("images", 1000, "Test images.")
     _BATCH = flags.DEFINE_integer("batch_size", 100, "Images at once.")
     app.run(main)
