@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from wf_vit import figures
 from wf_vit.train.metrics import read_jsonl
@@ -28,6 +28,7 @@ def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     """Compares the runs named on the command line."""
+    logging.set_verbosity(logging.ERROR)
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     runs = {}

@@ -6,8 +6,9 @@ DATASET is caltech_birds2011 (the default), stanford_dogs, cars196 or
 oxford_flowers102. CHECKPOINT is what wf_vit.models.pretrained.load opens: an .npz or
 .safetensors file, a run folder of ours, or hf://owner/name; it brings its architecture.
 With --config.model.name=windowfree a ViT becomes a window-free transformer: it starts
-with fields that cover the grid, so that its output is unchanged, and then learns them;
-a short run takes guidance for that (results/finetune).
+with fields that cover the grid, so that its output is unchanged, and then learns them.
+Guided by what the ViT itself attends to, and from narrow fields, it takes a few hundred
+steps until they follow objects: results/finetune has the command.
 At 448 px, a ViT-B/16 pretrained on ImageNet-21k is reported at 90.3 % (birds), 93.7 %
 (cars) and 91.7 % (dogs) top-1 in the literature; we have not run it.
 """
