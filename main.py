@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from wf_vit.errors import UsageError
-from wf_vit.tasks import check_task, show_own_log
+from wf_vit.workdir import check_task, show_own_log
 
 _DEFAULT = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 
 # The module of each task, which has a function of the task's name.
 _TASKS = dict.fromkeys(("train", "evaluate"), "wf_vit.train.loop")
-_TASKS |= {"explain": "wf_vit.explain", "verify": "wf_vit.verify.run"}
+_TASKS |= {"explain": "wf_vit.explanation", "verify": "wf_vit.verify.run"}
 # What config_flags raises for a key or a file that does not exist, or a wrong type.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
 

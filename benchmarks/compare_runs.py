@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from wf_vit import figures
-from wf_vit.train.metrics import read_jsonl
+from wf_vit.train.reporter import read_jsonl
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 

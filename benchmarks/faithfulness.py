@@ -25,7 +25,8 @@ from absl import app, flags
 
 from benchmarks import photographs
 from wf_vit import indicators, verify
-from wf_vit.models import pretrained, recording
+from wf_vit import measure
+from wf_vit.models import pretrained
 
 _LAYERS = flags.DEFINE_list("layers", ["0", "3", "6", "9", "11"], "Layers to cut in.")
 _INTERACTIONS = flags.DEFINE_integer("interactions", 80, "Cuts per layer and photo.")
@@ -87,7 +88,7 @@ class Network:
 
     def propagate(self, image, target: str, key, *, shrink: bool = True) -> jax.Array:
         """Returns the propagated indicator of one image, ``[L, P, P]``."""
-        (result,) = recording.propagate(
+        (result,) = measure.propagate(
             self.model,
             self.params,
             image,
@@ -102,10 +103,10 @@ class Network:
     def impacts(self, image, layers: tuple[int, ...], key) -> dict[str, np.ndarray]:
         """Returns every indicator of one image, ``[L, P, P]``, seeds in front."""
         prefix = {"num_prefix_tokens": self.model.num_prefix_tokens}
-        (recorded,) = recording.record(self.model, self.params, image)
+        (recorded,) = measure.record(self.model, self.params, image)
         stretch = indicators.expected_stretch(
             recorded.attention,
-            recording.head_gain(self.model, self.params),
+            parameters.head_gain(self.model, self.params),
             recorded.scale,
         )[np.array(layers), 0, self.model.num_prefix_tokens :, None]
         attention, values = (
@@ -119,7 +120,7 @@ class Network:
         impacts["knockout"] = indicators.knockout_impact(
             attention,
             values,
-            *recording.output_projection(self.model, self.params, layers),
+            *parameters.output_projection(self.model, self.params, layers),
             **prefix,
         )
         impacts["knockout, stretched"] = stretch * impacts["knockout"]

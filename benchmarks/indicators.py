@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wf_vit import indicators
-from wf_vit.models import recording, registry
+from wf_vit import measure, registry
 
 PROBES = (8, 16)
 CUTS_AT_ONCE = 16
@@ -206,7 +206,7 @@ def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
 
     def propagate(num_probes):
         return next(
-            recording.propagate(
+            measure.propagate(
                 model,
                 params,
                 images,

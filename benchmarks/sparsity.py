@@ -31,7 +31,8 @@ from absl import app, flags
 
 from benchmarks import photographs
 from wf_vit import grid, indicators, interventions
-from wf_vit.models import pretrained, recording
+from wf_vit import measure
+from wf_vit.models import pretrained
 
 _PROBES = flags.DEFINE_integer("probes", 16, "M of the propagated indicator.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the probes and of the random rule.")
@@ -58,7 +59,7 @@ class Network:
     def __init__(self, loaded: pretrained.Pretrained):
         self.model, self.params = loaded.model, loaded.params
         self.prefix = self.model.num_prefix_tokens
-        kernel, scale = recording.output_projection(self.model, self.params)
+        kernel, scale = parameters.output_projection(self.model, self.params)
         self.kernel = kernel if scale is None else kernel * scale[:, None, None]
         self.run = jax.jit(self._run)
 
@@ -85,9 +86,9 @@ def masks(network: Network, image, key) -> Iterator[tuple[str, float, jax.Array]
     """Yields rule, share and mask of one image."""
     probes, noise = jax.random.split(key)
     model, params = network.model, network.params
-    (recorded,) = recording.record(model, params, image)
+    (recorded,) = measure.record(model, params, image)
     attention, values = recorded.attention[:, 0], recorded.values[:, 0]
-    (propagated,) = recording.propagate(
+    (propagated,) = measure.propagate(
         model,
         params,
         image,

@@ -22,7 +22,7 @@ from benchmarks import packed
 from wf_vit.data.augment import normalize
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
-from wf_vit.models.membership import DROPPED
+from wf_vit.models.windowfree import DROPPED
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Key, Params
 from wf_vit.train import parallel, schedule, steps, teacher

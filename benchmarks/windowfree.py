@@ -40,7 +40,7 @@ from benchmarks.sweep import OnDevice, Sweep, forward_flops, on_device, save_run
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.pretrained.runs import DIRECTORY
-from wf_vit.tasks import replacing
+from wf_vit.workdir import replacing
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
@@ -86,10 +86,10 @@ VARIANTS = {
     "static_fields": {"model.name": "static_fields"},
     "winft": _winft(),
     "winft_growth_0": _winft(growth=0.0),
-    "winft_radii_1.5": _winft(radii=(1.5,), growth=0.0),
-    "winft_radii_2.5": _winft(radii=(2.5,), growth=0.0),
-    "winft_radii_1_2_4": _winft(radii=(1.0, 2.0, 4.0), growth=0.0),
-    "winft_radii_0": _winft(radii=(0.0,)),
+    "winft_radii_1.5": _winft(extents=(1.5,), growth=0.0),
+    "winft_radii_2.5": _winft(extents=(2.5,), growth=0.0),
+    "winft_radii_1_2_4": _winft(extents=(1.0, 2.0, 4.0), growth=0.0),
+    "winft_radii_0": _winft(extents=(0.0,)),
     "winft_softness_0.25": _winft(softness=0.25),
     "winft_softness_1": _winft(softness=1.0),
     "winft_shared": _winft(per_head=False),

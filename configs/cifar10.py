@@ -12,7 +12,7 @@ both on 15,000 images, 16 epochs, on two CPU cores, with the command behind them
 
 import ml_collections
 
-from wf_vit.train.recipe import default_config, set_duration
+from wf_vit.train.config import default_config, set_duration
 
 
 def get_config(model: str = "windowfree") -> ml_collections.ConfigDict:

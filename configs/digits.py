@@ -6,7 +6,7 @@ python main.py --config=configs/digits.py:vit    # ViT, the same recipe
 
 import ml_collections
 
-from wf_vit.train.recipe import default_config, set_duration
+from wf_vit.train.config import default_config, set_duration
 
 
 def get_config(model: str = "windowfree") -> ml_collections.ConfigDict:

@@ -15,7 +15,7 @@ At 448 px, a ViT-B/16 pretrained on ImageNet-21k is reported at 90.3 % (birds), 
 
 import ml_collections
 
-from wf_vit.train.recipe import default_config, set_duration
+from wf_vit.train.config import default_config, set_duration
 
 # The evaluation split of each data set; all train on 'train'.
 DATASETS = {
@@ -34,7 +34,7 @@ def get_config(dataset: str = "caltech_birds2011") -> ml_collections.ConfigDict:
         )
     config = default_config("vit", "B/16")
     config.model.drop_path = 0.1
-    config.model.fields.radii = (0.0,)  # a ViT at first
+    config.model.fields.extents = (0.0,)  # a ViT at first
     # A teacher that attends as this model does at first has only its fields to teach.
     config.guidance.match = "fields"
 

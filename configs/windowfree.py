@@ -17,7 +17,7 @@ trained one of as many heads attends to (wf_vit/train/guidance.py), for its run 
 
 import ml_collections
 
-from wf_vit.train.recipe import default_config, set_duration
+from wf_vit.train.config import default_config, set_duration
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from wf_vit.models import registry
 from wf_vit.train import loop, schedule
-from wf_vit.train.metrics import read_jsonl
+from wf_vit.train.reporter import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {

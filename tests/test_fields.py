@@ -31,7 +31,7 @@ def gaussian(grid, offset, spread):
 def test_patches_that_see_only_themselves():
     field = fields.responsive_field(7 * one_hot_at(0), GRID, mass=0.8)
     # A patch is 1 wide, and its middle 80 % reach 0.4 to each side.
-    np.testing.assert_allclose(field.box, np.full((PATCHES, 4), 0.4), rtol=1e-5)
+    np.testing.assert_allclose(field.extents, np.full((PATCHES, 4), 0.4), rtol=1e-5)
     np.testing.assert_allclose(field.area, 1 / PATCHES, rtol=1e-6)
     np.testing.assert_array_equal(field.displacement, 0)
     np.testing.assert_array_equal(field.covariance, 0)
@@ -42,7 +42,7 @@ def test_patches_that_see_another_patch():
     field = fields.responsive_field(one_hot_at(6), GRID, mass=0.8)
     # Patch 1 (x 1, y 0) sees patch 7 (x 3, y 1): its box reaches from its own
     # centre to 2.4 on the right and 1.4 below.
-    np.testing.assert_allclose(field.box[1], [0, 0, 2.4, 1.4], atol=1e-5)
+    np.testing.assert_allclose(field.extents[1], [0, 0, 2.4, 1.4], atol=1e-5)
     np.testing.assert_allclose(field.displacement[1], [2, 1], rtol=1e-6)
     np.testing.assert_allclose(field.covariance[1], 0, atol=1e-5)
     np.testing.assert_array_equal(np.flatnonzero(field.mask[1]), [1, 7])
@@ -52,7 +52,7 @@ def test_patches_that_see_another_patch():
 def test_uniform_impact():
     field = fields.responsive_field(jnp.full((PATCHES, PATCHES), 3.0), GRID, mass=0.5)
     # The middle half of 4 columns and 3 rows, from the centre of patch 5 (1, 1).
-    np.testing.assert_allclose(field.box[5], [0.5, 0.75, 1.5, 0.75], atol=1e-5)
+    np.testing.assert_allclose(field.extents[5], [0.5, 0.75, 1.5, 0.75], atol=1e-5)
     np.testing.assert_allclose(field.area, 0.5, rtol=1e-6)
     np.testing.assert_allclose(field.displacement[0], [1.5, 1.0], rtol=1e-5)
     expected = np.diag([np.var(np.arange(4)), np.var(np.arange(3))])
@@ -86,7 +86,7 @@ def test_a_lone_outlier_moves_the_mean_but_not_the_box():
     grid = (1, 21)
     near = gaussian(grid, (0, 0), 1.0)
     outlier = near.at[0, 20].add(0.02 * near[0].sum())
-    boxes = [fields.responsive_field(x, grid).box[0, 2] for x in (near, outlier)]
+    boxes = [fields.responsive_field(x, grid).extents[0, 2] for x in (near, outlier)]
     assert float(boxes[1] - boxes[0]) < 0.5
     moved = fields.responsive_field(outlier, grid).displacement[0, 0]
     assert float(moved - fields.responsive_field(near, grid).displacement[0, 0]) > 0.3
@@ -104,7 +104,7 @@ def test_shifted_gaussian_gives_back_its_moments():
     # width of a patch adds a variance of 1 / 12.
     reach = 1.645 * np.sqrt(np.square(spread) + 1 / 12)
     expected = [reach[0] - 2, reach[1] + 1.5, reach[0] + 2, reach[1] - 1.5]
-    np.testing.assert_allclose(field.box[centre], expected, atol=0.06)
+    np.testing.assert_allclose(field.extents[centre], expected, atol=0.06)
     # The smallest set that holds 90 % is an ellipse of this area.
     ellipse = -2 * np.log(0.1) * np.pi * spread[0] * spread[1]
     assert float(field.area[centre]) * 25 * 31 == pytest.approx(ellipse, rel=0.05)
@@ -139,7 +139,7 @@ def test_leading_axes_scale_and_half_precision():
 def test_gradients_are_finite():
     def total(indicator):
         field = fields.responsive_field(indicator, GRID)
-        return field.box.sum() + field.displacement.sum() + field.covariance.sum()
+        return field.extents.sum() + field.displacement.sum() + field.covariance.sum()
 
     for indicator in (one_hot_at(0), one_hot_at(2).at[0].set(0.0)):
         assert np.isfinite(jax.grad(total)(indicator)).all()
@@ -235,7 +235,7 @@ def test_fields_stream_in_a_scan():
     start = jax.tree.map(jnp.zeros_like, field_statistics(indicator[0]))
     got, _ = jax.jit(lambda x: jax.lax.scan(add, start, x))(indicator)
     everything = field_statistics(indicator.reshape(12, 3, PATCHES, PATCHES))
-    assert got.mean.box.shape == (3, 4)
+    assert got.mean.extents.shape == (3, 4)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(everything), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 

@@ -26,7 +26,7 @@ LIGHT = {
     "wf_vit.models.windowfree": ("tensorflow", "clu"),
     "wf_vit.train.teacher": ("tensorflow", "clu", "tensorflow_datasets"),
     "wf_vit.train.steps": ("tensorflow", "clu", "tensorflow_datasets"),
-    "wf_vit.train.schedule": ("tensorflow", "clu", "tensorflow_datasets"),
+    "wf_vit.train.optimizer": ("tensorflow", "clu", "tensorflow_datasets"),
     "wf_vit.train.parallel": ("tensorflow", "clu", "tensorflow_datasets"),
 }
 

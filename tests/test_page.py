@@ -105,7 +105,7 @@ def test_codes_and_fields_are_the_arrays(text):
     numbers = (low.astype(np.uint16) | high.astype(np.uint16) << 8).view(np.int16)
     field = responsive_field(jnp.asarray(HEAD_IMPACT), GRID, mass=MASS)
     np.testing.assert_allclose(
-        np.moveaxis(numbers[:4], 0, -1) / 64, field.box, atol=1 / 128 + 1e-4
+        np.moveaxis(numbers[:4], 0, -1) / 64, field.extents, atol=1 / 128 + 1e-4
     )
     np.testing.assert_allclose(
         np.moveaxis(numbers[4:6], 0, -1) / 64, field.displacement, atol=1 / 128 + 1e-4
@@ -185,7 +185,7 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
     field = responsive_field(jnp.asarray(FUSED[1]), GRID, mass=MASS)
     words = explorer.read(".measured")
     assert words.startswith("Field of 80 %")
-    np.testing.assert_allclose(explorer.field()[:4], field.box[8], atol=0.06)
+    np.testing.assert_allclose(explorer.field()[:4], field.extents[8], atol=0.06)
     np.testing.assert_allclose(
         explorer.field()[4:], np.abs(field.displacement[8]), atol=0.02
     )

@@ -30,7 +30,7 @@ class Field(NamedTuple):
     """The responsive field of every patch.
 
     Attributes:
-      box: ``(left, top, right, bottom)``, distances from the patch's centre to the
+      extents: ``(left, top, right, bottom)``, distances from the patch's centre to the
         edges of its field, in patches, non-negative: the extents WinfT learns.
       area: smallest number of patches that hold ``mass`` of R_i, as a share of P.
       displacement: centroid of R_i minus own position, ``(x, y)`` in patches.
@@ -38,7 +38,7 @@ class Field(NamedTuple):
       mask: ``mask[i, j]``, the smallest set that holds ``mass``, and patch i itself.
     """
 
-    box: Float[Array, "*batch P 4"]
+    extents: Float[Array, "*batch P 4"]
     area: Float[Array, "*batch P"]
     displacement: Float[Array, "*batch P 2"]
     covariance: Float[Array, "*batch P 2 2"]
@@ -50,10 +50,10 @@ def responsive_field(
 ) -> Field:
     """Returns the responsive field of every patch.
 
-    The box spans the quantiles ``(1 - mass) / 2`` and ``(1 + mass) / 2`` of each
+    The extents span the quantiles ``(1 - mass) / 2`` and ``(1 + mass) / 2`` of each
     marginal of R_i, where a patch spreads its share evenly over its width of 1, so
-    that a lone outlier moves the box little. It is widened to the patch's centre
-    where it misses it.
+    that a lone outlier moves them little. They are widened to the patch's centre
+    where they miss it.
 
     Args:
       indicator: non-negative impact of patch j on patch i, ``[..., P, P]``.
@@ -90,7 +90,7 @@ def _responsive_field(indicator, grid, mass):
     shift = displacement[..., :, None] * displacement[..., None, :]
     mask, count = _smallest_set(share, mass)
     return Field(
-        box=_quantile_box(share, grid, mass),
+        extents=_quantile_extents(share, grid, mass),
         area=count / num_patches,
         displacement=displacement,
         covariance=around_patch - shift,
@@ -109,7 +109,7 @@ def _identity(shape):
     return jnp.broadcast_to(jnp.eye(shape[-1], dtype=bool), shape)
 
 
-def _quantile_box(share, grid, mass):
+def _quantile_extents(share, grid, mass):
     marginals = share.reshape(*share.shape[:-1], *grid)
     own = coordinates(grid) + 0.5  # Centres, where 0 is the edge of the grid.
     levels = ((1 - mass) / 2, (1 + mass) / 2)

@@ -135,7 +135,7 @@ def test_many_probes_are_hardly_shrunk():
     np.testing.assert_allclose(drawn, plain, rtol=0.02)
 
 
-def test_keys_without_weight_and_outputs_out_of_reach_have_no_impact():
+def test_keys_without_weight_and_outputs_out_of_extent_have_no_impact():
     layer = Layer()
     layer.logits[:, :, 3] = -np.inf
     attention, values, kernel, scale = layer.arrays()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wf_vit.models import controls, registry
-from wf_vit.models.membership import DROPPED, FieldConfig, PredictedFields
+from wf_vit.models.windowfree import DROPPED, FieldConfig, PredictedFields
 
 GRID = (3, 5)
 HEADS = 3
@@ -53,7 +53,7 @@ def test_relative_bias_is_looked_up_by_displacement_and_starts_at_zero():
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_gaussian_bias_is_the_log_of_a_gaussian(learned):
-    config = FieldConfig(radii=(0.5, 2.0), growth=0.25)
+    config = FieldConfig(extents=(0.5, 2.0), growth=0.25)
     module = controls.GaussianBias(
         num_heads=HEADS, grid=GRID, config=config, layer=2, learned=learned
     )
@@ -66,7 +66,7 @@ def test_gaussian_bias_is_the_log_of_a_gaussian(learned):
 
 
 def test_windows_are_square_and_grow_with_depth():
-    config = FieldConfig(radii=(1.0, 0.5))
+    config = FieldConfig(extents=(1.0, 0.5))
     for layer in range(3):
         module = controls.WindowBias(num_heads=2, grid=GRID, config=config, layer=layer)
         bias = bias_of(module, tokens(prefix=0))
@@ -88,7 +88,7 @@ def test_windows_are_square_and_grow_with_depth():
 
 
 def test_static_fields_are_the_predicted_ones_of_features_that_say_nothing():
-    config = FieldConfig(radii=(1.0, 2.0), softness=0.7, threshold=0.05)
+    config = FieldConfig(extents=(1.0, 2.0), softness=0.7, threshold=0.05)
     options = {"num_heads": HEADS, "grid": GRID, "config": config, "layer": 1}
     static, predicted = controls.StaticFields(**options), PredictedFields(**options)
     x = tokens()
@@ -105,7 +105,7 @@ def test_static_fields_are_the_predicted_ones_of_features_that_say_nothing():
 def test_only_positions_count_and_some_patches_are_as_among_all(name):
     """Removing patches leaves the bias between the others as it was."""
     config = registry.default_config(name, "mu/4")
-    config.fields.radii = (0.8, 1.7)
+    config.fields.extents = (0.8, 1.7)
     model = registry.create_model(config, num_classes=3, image_size=(12, 20))
     module = model.field_for_layer(1)(num_heads=2)
     x = tokens(prefix=1)

@@ -10,7 +10,7 @@ import pytest
 from tests.networks import SMALL, images_for, random_params
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
-from wf_vit.models.membership import FieldConfig
+from wf_vit.models.windowfree import FieldConfig
 from wf_vit.models.vit import ViT, sincos_positions
 from wf_vit.models.windowfree import WindowFreeViT
 
@@ -73,14 +73,14 @@ def test_parameter_count(name, variant):
     ],
 )
 def test_wide_fields_are_exactly_a_vit(options):
-    winft = WindowFreeViT(**SMALL, **options, fields=FieldConfig(radii=(1e3,)))
+    winft = WindowFreeViT(**SMALL, **options, fields=FieldConfig(extents=(1e3,)))
     vit = ViT(**SMALL, **options)
     params = random_params(winft)
     images = images_for(vit)
     expected, _ = vit.apply({"params": without_fields(params)}, images)
     got, _ = winft.apply({"params": params}, images)
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    narrow = dataclasses.replace(winft, fields=FieldConfig(radii=(1.0,)))
+    narrow = dataclasses.replace(winft, fields=FieldConfig(extents=(1.0,)))
     other, _ = narrow.apply({"params": random_params(narrow)}, images)
     assert np.abs(other - expected).max() > 1e-3
 

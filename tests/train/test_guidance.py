@@ -10,8 +10,8 @@ import pytest
 from wf_vit import grid as geometry
 from wf_vit import indicators
 from wf_vit.errors import UsageError
-from wf_vit.models import recording, registry
-from wf_vit.models.membership import make_fields
+from wf_vit import measure, registry
+from wf_vit.models.windowfree import make_fields
 from wf_vit.models.vit import ViT
 from wf_vit.train import guidance as guiding
 from wf_vit.train import state, teacher
@@ -191,10 +191,10 @@ def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
     got = jax.jit(lambda p, x: target(guidance, p, x, student))(params, images)
     assert got.shape == (3, 2, *((2,) if per_head else ()), 15, 15)
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
-    (recorded,) = recording.record(teacher, params, images)
+    (recorded,) = measure.record(teacher, params, images)
     options = {"num_prefix_tokens": 2, "normalize": True, "per_head": per_head}
     if indicator == "propagated":
-        (knockout,) = recording.propagate(
+        (knockout,) = measure.propagate(
             teacher,
             params,
             images,
@@ -205,7 +205,7 @@ def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
         )
         expected = knockout.impact / knockout.impact.sum(-1, keepdims=True)
     elif indicator == "knockout":
-        projection = recording.output_projection(teacher, params)
+        projection = parameters.output_projection(teacher, params)
         expected = indicators.knockout_impact(
             recorded.attention, recorded.values, *projection, **options
         )

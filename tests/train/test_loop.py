@@ -13,7 +13,7 @@ from wf_vit.models import pretrained
 from wf_vit.models.windowfree import WindowFreeViT
 from wf_vit.train import loop, report, schedule
 from wf_vit.train.checkpoint import Checkpoints
-from wf_vit.train.metrics import Reporter, read_jsonl
+from wf_vit.train.reporter import Reporter, read_jsonl
 from wf_vit.train.state import init_state
 
 
@@ -104,7 +104,7 @@ def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path
 
     digits_config.init_from = str(tmp_path)
     digits_config.model.name = "windowfree"
-    digits_config.model.fields.radii = (0.0,)
+    digits_config.model.fields.extents = (0.0,)
     winft = loop.build(digits_config)
     assert isinstance(winft.model, WindowFreeViT)
     image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))

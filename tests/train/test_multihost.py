@@ -10,7 +10,7 @@ import pytest
 
 from configs import digits
 from wf_vit.train import loop
-from wf_vit.train.metrics import read_jsonl
+from wf_vit.train.reporter import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {

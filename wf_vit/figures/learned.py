@@ -33,7 +33,7 @@ def learned_fields(
 
     Args:
       images: what the fields were predicted from.
-      extents: reach to the left, top, right and bottom of every patch, in patches.
+      extents: to the left, top, right and bottom of every patch, in patches.
       grid: ``(GH, GW)``.
       softness: of the fields' border, in patches.
       patches: the patch to show in each image; by default the most telling one
@@ -73,8 +73,8 @@ def learned_fields(
 
 def learned_beside_measured(
     image: draw.Photograph,
-    extents: Float[np.ndarray, "L H P 4"],
-    box: Float[np.ndarray, "L H P 4"],
+    learned: Float[np.ndarray, "L H P 4"],
+    measured: Float[np.ndarray, "L H P 4"],
     grid: geometry.Grid,
     *,
     softness: float = 0.5,
@@ -87,8 +87,9 @@ def learned_beside_measured(
 
     Args:
       image: the photograph.
-      extents: learned reach to the left, top, right and bottom, in patches.
-      box: the measured one, of the heads' responsive fields.
+      learned: extents of the learned fields to the left, top, right and bottom, in
+        patches.
+      measured: extents of the heads' responsive fields.
       grid: ``(GH, GW)``.
       softness: of the learned fields' border, in patches.
       patch: whose fields; by default the most telling one.
@@ -103,9 +104,9 @@ def learned_beside_measured(
     Raises:
       UsageError: the fields do not fit the grid.
     """
-    draw.check_patches(extents.shape[2], grid)
+    draw.check_patches(learned.shape[2], grid)
     patch = int(draw.telling_patches(image, grid)[0]) if patch is None else patch
-    layers = draw.spread(len(extents), max_layers)
+    layers = draw.spread(len(learned), max_layers)
     position = geometry.coordinates(grid)[patch]
     with style():
         labels = ("learned", "measured")
@@ -113,11 +114,11 @@ def learned_beside_measured(
             2, layers, grid, width, labels, layer_names=layer_names
         )
         for (upper, lower), layer in zip(panels.T, layers, strict=True):
-            own = extents[layer, :, patch]
+            own = learned[layer, :, patch]
             _lit_fields(upper, image, own, patch, grid, softness)
             draw.photograph(lower, image, grid)
-            for look, reach in zip(looks(), box[layer, :, patch], strict=False):
-                draw.box(lower, position, reach, grid, look)
+            for look, own in zip(looks(), measured[layer, :, patch], strict=False):
+                draw.box(lower, position, own, grid, look)
             draw.mark(lower, position)
     return figure
 
@@ -151,6 +152,6 @@ def _lit_fields(panel, image, extents, patch, grid, softness):
     rows, columns = _profiles(extents, position[None], grid, softness)
     draw.photograph(panel, image, grid)
     draw.veil(panel, np.einsum("hy,hx->yx", rows, columns) / len(extents), grid)
-    for look, reach in zip(looks(), extents, strict=False):
-        draw.box(panel, position, reach, grid, look)
+    for look, own in zip(looks(), extents, strict=False):
+        draw.box(panel, position, own, grid, look)
     draw.mark(panel, position)

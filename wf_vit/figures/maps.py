@@ -91,7 +91,7 @@ def responsive_fields(
 
     Args:
       image: the photograph.
-      field: the fields, fused over heads, ``[L, P, ...]``. The radii of an ellipse
+      field: the fields, fused over heads, ``[L, P, ...]``. The axes of an ellipse
         are two standard deviations: the rim of a disc that is listened to evenly.
       grid: ``(GH, GW)``.
       patches: which to show; by default the three most telling ones.
@@ -106,13 +106,13 @@ def responsive_fields(
     Raises:
       UsageError: the fields do not fit the grid.
     """
-    box, displacement, covariance = map(
-        np.asarray, (field.box, field.displacement, field.covariance)
+    extents, displacement, covariance = map(
+        np.asarray, (field.extents, field.displacement, field.covariance)
     )
-    draw.check_patches(box.shape[1], grid)
+    draw.check_patches(extents.shape[1], grid)
     patches = draw.telling_patches(image, grid, 3) if patches is None else patches
     position = geometry.coordinates(grid)
-    layers = draw.spread(len(box), max_layers)
+    layers = draw.spread(len(extents), max_layers)
     with style():
         labels = ("boxes", "ellipses")
         figure, panels, _ = draw.photo_grid(
@@ -122,7 +122,7 @@ def responsive_fields(
             for panel in (upper, lower):
                 draw.photograph(panel, image, grid, gray=True)
             for look, p in zip(looks(), patches, strict=False):
-                draw.box(upper, position[p], box[layer, p], grid, look)
+                draw.box(upper, position[p], extents[layer, p], grid, look)
                 draw.mark(upper, position[p], look["color"])
                 centre = position[p] + displacement[layer, p]
                 draw.ellipse(lower, centre, covariance[layer, p], look)

@@ -166,10 +166,10 @@ def veil(panel, light, grid):
     panel.imshow(fog, extent=_frame(grid), interpolation="nearest")
 
 
-def box(panel, position, reach, grid, look):
+def box(panel, position, extents, grid, look):
     """Outlines a field, cut at the frame so that every side stays visible."""
-    low = np.maximum(position - reach[:2], -0.5)
-    high = np.minimum(position + reach[2:], (grid[1] - 0.5, grid[0] - 0.5))
+    low = np.maximum(position - extents[:2], -0.5)
+    high = np.minimum(position + extents[2:], (grid[1] - 0.5, grid[0] - 0.5))
     panel.add_patch(Rectangle(low, *(high - low), fill=False, lw=0.8, **look))
 
 

@@ -1,7 +1,7 @@
 """Indicators and baselines that need attention alone."""
 
 from functools import partial, reduce
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,7 @@ def interaction_indicator(
             impact = attention if per_head else heads[0]
         case _:
             raise UsageError(
-                f"method is {method!r}, expected mean, max, std, odds, distance or "
-                "random."
+                f"method is {method!r}: choose one of {', '.join(get_args(Method))}."
             )
     # Last, or the patches of the weights would be copied first.
     impact = drop_prefix(impact, num_prefix_tokens)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import digamma, polygamma
@@ -24,10 +25,13 @@ class PropagatedKnockout(NamedTuple):
         relative to ``impact``. Measured over the probes and pooled over each matrix so
         that strong interactions dominate, ``[...]``. It falls with the square root of
         the number of probes.
+      heads: the same of cuts in one head at a time, ``[..., H, P, P]`` and
+        ``[..., H]``; None unless it was asked for.
     """
 
-    impact: Float[Array, "..."]
-    relative_error: Float[Array, "..."]
+    impact: Float[Array, "*batch P P"]
+    relative_error: Float[Array, "*batch"]
+    heads: "PropagatedKnockout | None" = None
 
 
 def propagated_knockout(
@@ -75,12 +79,13 @@ def propagated_knockout(
       num_probes: M, the number of backward passes, at least 2. Start with 16; a
         relative error r takes about ``M * (relative_error / r) ** 2``.
       num_prefix_tokens: as in `knockout_impact`.
-      per_head: cut one head at a time, ``[..., H, P, P]``, not all heads at once.
+      per_head: also cut one head at a time; the backward passes are the same.
       shrink: see above; False for the mean over probes, whose square is unbiased.
       block_size: as in `knockout_impact`.
 
     Returns:
-      The impact in units of y, with its error.
+      The impact in units of y, with its error, and with ``per_head`` that of each
+      head.
 
     Raises:
       UsageError: fewer than 2 probes, or as in `knockout_impact`.
@@ -91,44 +96,56 @@ def propagated_knockout(
             "a scalar output needs no probes, use knockout_effect."
         )
     patches = checks.count_tokens(attention, num_prefix_tokens) - num_prefix_tokens
-    options = {
-        "num_prefix_tokens": num_prefix_tokens,
-        "per_head": per_head,
-        "block_size": block_size,
-    }
+    layer = (attention, values, output_kernel)
+    options = {"num_prefix_tokens": num_prefix_tokens, "block_size": block_size}
 
-    def add_probe(sums, probe):
+    def moments(effect):
+        square = jnp.square(effect)
+        return square, jnp.square(square).sum((-1, -2))
+
+    def of_probe(probe):
         gradient = cotangents(probe)
         effect = knockout_effect(
-            attention, values, output_kernel, gradient, residual_scale, **options
+            *layer, gradient, residual_scale, per_head=per_head, **options
         )
-        square = jnp.square(effect)
-        terms = (
-            square,
-            jnp.square(square).sum((-1, -2)),
-            jnp.square(gradient.astype(jnp.float32)).mean(-1)[..., num_prefix_tokens:],
-        )
-        return [a + b for a, b in zip(sums, terms, strict=True)], None
+        stretch = jnp.square(gradient.astype(jnp.float32)).mean(-1)
+        stretch = stretch[..., num_prefix_tokens:]
+        if not per_head:
+            return moments(effect), None, stretch
+        # In all heads at once: their sum, before it is squared.
+        fused = sum(jnp.unstack(effect, axis=-3))
+        return moments(fused), moments(effect), stretch
 
-    images = attention.shape[:-3]
-    batch = attention.shape[:-2] if per_head else images
-    zeros = [
-        jnp.zeros(shape)
-        for shape in ((*batch, patches, patches), batch, (*images, patches))
-    ]
-    sums, _ = lax.scan(add_probe, zeros, jnp.arange(num_probes))
-    square, fourth, stretch = (total / num_probes for total in sums)
-    pooled = jnp.square(square).sum((-1, -2))
-    variance = (fourth - pooled) / (num_probes - 1)
-    # Relative to it, the error of a square root is half that of the square.
-    error = 0.5 * sqrt(variance / jnp.where(pooled > 0, pooled, 1.0))
-    if shrink:
-        local = knockout_impact(
-            attention, values, output_kernel, residual_scale, **options
-        )
-        stretch = (stretch[..., None, :] if per_head else stretch)[..., None]
-        square = _shrink(square, stretch * jnp.square(local), num_probes)
-    return PropagatedKnockout(sqrt(square), error)
+    def add_probe(sums, probe):
+        return jax.tree.map(jnp.add, sums, of_probe(probe)), None
+
+    def estimate(moments, stretch, per_head):
+        square, fourth = moments
+        pooled = jnp.square(square).sum((-1, -2))
+        variance = (fourth - pooled) / (num_probes - 1)
+        # Relative to it, the error of a square root is half that of the square.
+        error = 0.5 * sqrt(variance / jnp.where(pooled > 0, pooled, 1.0))
+        if shrink:
+            local = knockout_impact(
+                *layer, residual_scale, per_head=per_head, **options
+            )
+            stretch = (stretch[..., None, :] if per_head else stretch)[..., None]
+            square = _shrink(square, stretch * jnp.square(local), num_probes)
+        return PropagatedKnockout(sqrt(square), error)
+
+    batch = attention.shape[:-3]
+
+    def zeros(*batch):
+        return jnp.zeros((*batch, patches, patches)), jnp.zeros(batch)
+
+    heads = zeros(*attention.shape[:-2]) if per_head else None
+    start = (zeros(*batch), heads, jnp.zeros((*batch, patches)))
+    sums, _ = lax.scan(add_probe, start, jnp.arange(num_probes))
+    fused, heads, stretch = jax.tree.map(lambda total: total / num_probes, sums)
+    result = estimate(fused, stretch, per_head=False)
+    if per_head:
+        result = result._replace(heads=estimate(heads, stretch, per_head=True))
+    return result
 
 
 def _shrink(

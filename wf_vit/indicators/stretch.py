@@ -41,7 +41,7 @@ def expected_stretch(
       attention: of all layers of a model, ``[L, ..., H, N, N]``.
       head_gain: ``|M_h|_F / sqrt(D)`` of each head, ``[L, H]``; M_h maps the
         normalised stream to what the head writes, with the norm's own scale and
-        LayerScale (`wf_vit.models.recording.head_gain`).
+        LayerScale (`wf_vit.parameters.head_gain`).
       token_scale: standard deviation of each token's residual stream over the width,
         before each layer and, last, before the final norm, ``[L + 1, ..., N]``.
 

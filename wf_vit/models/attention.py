@@ -6,21 +6,38 @@ so that the attention weights and the values can be returned.
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from wf_vit.models.membership import LearnedFields
-
 Dtype = jnp.dtype | type
 
 # Under this name the parameters of a layer's fields are kept.
 FIELD = "field"
 
+# Added to the logits of a key that must not be attended to: exp() of it is exactly 0.
+DROPPED = -1e9
+
 # What a layer records: its name, and the array.
 Record = dict[str, Array]
+
+
+class Bias(Protocol):
+    """What a layer's field module returns: a bias of the logits between patches.
+
+    Attributes:
+      num_patches: how many patches it is of.
+      is_learned_field: whether the model returns it among its ``out["fields"]``.
+    """
+
+    num_patches: int
+    is_learned_field: bool
+
+    def attention_bias(self, *, num_prefix_tokens: int) -> Float[Array, "#B #H N N"]:
+        """Returns what is added to the logits, 0 to and from prefix tokens."""
 
 
 def attend(
@@ -57,9 +74,9 @@ class SelfAttention(nn.Module):
 
     Attributes:
       num_heads: H; it divides the width.
-      field: makes the module that predicts each patch's field (``models.membership``)
-        or a bias in its place (``models.controls``); its ``attention_bias`` is added
-        to the logits. None for plain attention.
+      field: makes the module that predicts each patch's field (``models.windowfree``)
+        or a bias in its place (``models.controls``). It returns a ``Bias``, which is
+        added to the logits. None for plain attention.
       qkv_bias: whether queries, keys and values have a bias.
       dtype: of the computation; the softmax is in float32 regardless.
     """
@@ -76,8 +93,7 @@ class SelfAttention(nn.Module):
         bias: Float[Array, "#B #H N N"] | None = None,
         record: bool = False,
         patches: Int[Array, "B P"] | None = None,
-        stream: Float[Array, "B N D"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], LearnedFields | None, Record]:
+    ) -> tuple[Float[Array, "B N D"], Any, Record]:
         """Lets the tokens attend to one another.
 
         Args:
@@ -86,8 +102,6 @@ class SelfAttention(nn.Module):
           record: whether to return what the indicators need.
           patches: which patches of the grid the tokens after the prefix are; None for
             all of them. Only fields need to know.
-          stream: the residual stream, of which ``x`` is the norm; for fields that
-            read it.
 
         Returns:
           The layer's output; the fields, if the layer has them; and the record,
@@ -109,11 +123,11 @@ class SelfAttention(nn.Module):
         fields = None
         if self.field is not None:
             field = self.field(num_heads=self.num_heads, name=FIELD)
-            own = field(x, patches, query=query, stream=stream)
+            own = field(x, patches)
             prefix = x.shape[1] - own.num_patches
             field_bias = own.attention_bias(num_prefix_tokens=prefix)
             bias = field_bias if bias is None else bias + field_bias
-            fields = own if isinstance(own, LearnedFields) else None
+            fields = own if own.is_learned_field else None
         recorded = {}
         if record:
             output, weights = attend(query, key, value, bias)

@@ -3,10 +3,9 @@
 Each changes the attention logits by where the patches lie, not by what they show; all
 else is ``ViT``. They answer, in turn, whether the gain of a window-free transformer
 is that of knowing positions (``RelativeBiasViT``, the bias of Swin, arXiv 2103.14030),
-of locality (``GaussianViT``, ``GrowingWindowViT``), of a learned locality
-(``LearnedGaussianViT``), or of rectangular fields that every head learns but no patch
-predicts (``StaticFieldViT``). Where a radius or a width is given it is
-``FieldConfig.radii_of`` the layer, so that all start from the same locality.
+of locality (``GaussianViT``, ``GrowingWindowViT``), or of rectangular fields that
+every head learns but no patch predicts (``StaticFieldViT``). A window or a width is
+``FieldConfig.extents_of`` the layer, so that all start from the same locality.
 """
 
 import functools
@@ -20,14 +19,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
-from wf_vit.models.membership import (
-    DROPPED,
+from wf_vit.models.attention import DROPPED
+from wf_vit.models.vit import ViT
+from wf_vit.models.windowfree import (
     FieldConfig,
     LearnedFields,
     inverse_softplus,
     make_fields,
 )
-from wf_vit.models.vit import ViT
 
 
 @struct.dataclass
@@ -40,6 +39,7 @@ class PositionBias:
     """
 
     bias: Any
+    is_learned_field = False
 
     @property
     def num_patches(self) -> int:
@@ -78,7 +78,6 @@ class RelativeBias(nn.Module):
         self,
         x: Float[Array, "B N D"],
         patches: Int[Array, "B kept"] | None = None,
-        **unused,
     ) -> PositionBias:
         """Returns the bias."""
         rows, columns = self.grid
@@ -97,29 +96,25 @@ class GaussianBias(nn.Module):
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: ``radii`` and ``growth`` are the widths of the heads.
+      config: ``extents`` and ``growth`` are the widths of the heads.
       layer: which layer of the model this is, from 0.
-      learned: whether the widths are learned; else there are no parameters.
     """
 
     num_heads: int
     grid: geometry.Grid
     config: FieldConfig
     layer: int
-    learned: bool
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B N D"],
         patches: Int[Array, "B kept"] | None = None,
-        **unused,
     ) -> PositionBias:
         """Returns the bias."""
-        widths = self.config.radii_of(self.num_heads, self.grid, self.layer)
+        widths = self.config.extents_of(self.num_heads, self.grid, self.layer)
+        # Through the softplus of a learned extent, rounding included.
         start = jnp.asarray(inverse_softplus(widths), jnp.float32)
-        if self.learned:
-            start = self.param("widths", lambda key: start)
         widths = jax.nn.softplus(start)[:, None, None]
         squares = jnp.square(geometry.distances(self.grid))[None]
         return among(-squares / (2 * jnp.square(widths)), patches)
@@ -131,7 +126,7 @@ class WindowBias(nn.Module):
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: ``radii`` and ``growth`` are how far the windows of the heads reach.
+      config: ``extents`` and ``growth`` are how far the windows of the heads reach.
       layer: which layer of the model this is, from 0.
     """
 
@@ -144,12 +139,11 @@ class WindowBias(nn.Module):
         self,
         x: Float[Array, "B N D"],
         patches: Int[Array, "B kept"] | None = None,
-        **unused,
     ) -> PositionBias:
         """Returns the bias: 0 within the window, and outside all but minus infinity."""
-        reach = self.config.radii_of(self.num_heads, self.grid, self.layer)
+        extents = self.config.extents_of(self.num_heads, self.grid, self.layer)
         offset = np.abs(geometry.displacements(self.grid)).max(-1)
-        inside = offset[None] <= reach[:, None, None]
+        inside = offset[None] <= extents[:, None, None]
         bias = np.where(inside, 0.0, DROPPED).astype(np.float32)
         return among(jnp.asarray(bias), patches)
 
@@ -160,7 +154,7 @@ class StaticFields(nn.Module):
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: initial radii, softness and threshold.
+      config: initial extents, softness and threshold.
       layer: which layer of the model this is, from 0.
     """
 
@@ -174,7 +168,6 @@ class StaticFields(nn.Module):
         self,
         x: Float[Array, "B N D"],
         patches: Int[Array, "B kept"] | None = None,
-        **unused,
     ) -> LearnedFields:
         """Returns the fields; unless patches are given, those of one image for all."""
         start = self.config.start(self.num_heads, self.grid, self.layer)
@@ -208,7 +201,7 @@ class _LocalViT(ViT):
     """A ViT with a notion of locality.
 
     Attributes:
-      fields: ``radii`` say how local the heads are, at least at first.
+      fields: ``extents`` say how local the heads are, at least at first.
     """
 
     fields: FieldConfig = FieldConfig()
@@ -220,17 +213,7 @@ class GaussianViT(_LocalViT):
     def field_for_layer(self, layer: int):
         """Returns the maker of a layer's bias."""
         return functools.partial(
-            GaussianBias, grid=self.grid, config=self.fields, layer=layer, learned=False
-        )
-
-
-class LearnedGaussianViT(_LocalViT):
-    """A ViT with a Gaussian bias, whose width each layer and head learns."""
-
-    def field_for_layer(self, layer: int):
-        """Returns the maker of a layer's bias."""
-        return functools.partial(
-            GaussianBias, grid=self.grid, config=self.fields, layer=layer, learned=True
+            GaussianBias, grid=self.grid, config=self.fields, layer=layer
         )
 
 

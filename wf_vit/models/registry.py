@@ -12,9 +12,8 @@ from ml_collections import config_dict
 
 from wf_vit.errors import UsageError
 from wf_vit.models import controls
-from wf_vit.models.membership import FieldConfig
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 
 MODELS = {
     "vit": ViT,
@@ -22,7 +21,6 @@ MODELS = {
     # What the window-free transformer is compared with, beside ViT.
     "relative_bias": controls.RelativeBiasViT,
     "gaussian": controls.GaussianViT,
-    "learned_gaussian": controls.LearnedGaussianViT,
     "growing_window": controls.GrowingWindowViT,
     "static_fields": controls.StaticFieldViT,
 }
@@ -146,7 +144,7 @@ def from_json(options: dict[str, Any]) -> ViT:
     model_class = _lookup("model name", options.pop("name"), MODELS)
     fields = options.pop("fields", {})
     if "fields" in model_class.__dataclass_fields__:
-        fields = fields | {"radii": tuple(fields["radii"])}
+        fields = fields | {"extents": tuple(fields["extents"])}
         options["fields"] = FieldConfig(**fields)
     options["dtype"] = _lookup("dtype", options["dtype"], DTYPES)
     for size in ("image_size", "patch_size"):

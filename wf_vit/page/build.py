@@ -21,7 +21,7 @@ from wf_vit.errors import UsageError
 from wf_vit.grid import Grid
 from wf_vit.page import coding
 
-# Lengths (reach and arrows) are stored in steps of 1/64 patch.
+# Lengths (extents and arrows) are stored in steps of 1/64 patch.
 _LENGTH_STEPS = 64
 
 # Levels for fused and for per-head interactions, most precise first. Fused ones keep
@@ -91,7 +91,7 @@ def explorer(
       image: the image that the model saw.
       indicators: by name, in the order of the page's menu; all of the same layers.
       grid: ``(GH, GW)``.
-      extents: a window-free transformer's learned reach to the left, top, right and
+      extents: a window-free transformer's learned extents to the left, top, right and
         bottom of every patch, in patches.
       layers: names of the layers, by default 0 to L - 1.
       mass: share of its impact that a patch's field holds.
@@ -132,9 +132,9 @@ def explorer(
         }
         if extents is not None:
             meta["learnedHeads"] = extents.shape[1]
-            # Beyond the grid's far side a longer reach changes nothing.
-            reach = np.minimum(extents[list(plan.kept)], max(grid))
-            payload["learned"] = coding.pack(coding.fixed_point(reach, _LENGTH_STEPS))
+            # Beyond the grid's far side a longer extent changes nothing.
+            kept = np.minimum(extents[list(plan.kept)], max(grid))
+            payload["learned"] = coding.pack(coding.fixed_point(kept, _LENGTH_STEPS))
         text = _assemble(meta, payload, picture)
         if len(text.encode()) <= max_bytes:
             return text
@@ -204,9 +204,9 @@ def _stacks(indicators: Mapping[str, Indicator], grid: Grid, mass: float):
 
 
 def _field(share, grid: Grid, mass: float) -> Int16[np.ndarray, "7 *heads P"]:
-    """Returns reach, area in patches and arrow of one layer's fields."""
+    """Returns extents, area in patches and arrow of one layer's fields."""
     field = fields.responsive_field(jnp.asarray(share), grid, mass=mass)
-    lengths = np.concatenate([field.box, field.displacement], -1)
+    lengths = np.concatenate([field.extents, field.displacement], -1)
     reach_and_arrow = coding.fixed_point(np.moveaxis(lengths, -1, 0), _LENGTH_STEPS)
     area = coding.fixed_point(np.asarray(field.area)[None] * share.shape[-1], 1)
     return np.concatenate([reach_and_arrow, area])

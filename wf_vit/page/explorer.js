@@ -62,7 +62,7 @@ class Stack {
     const plane = this.field.length / 7;
     const number = (k) => this.field[k * plane + slice * PATCHES + p];
     return {
-      reach: [0, 1, 2, 3].map((k) => number(k) / meta.lengthSteps),
+      extents: [0, 1, 2, 3].map((k) => number(k) / meta.lengthSteps),
       arrow: [4, 5].map((k) => number(k) / meta.lengthSteps),
       area: number(6) / PATCHES,
     };
@@ -150,9 +150,9 @@ const nameOf = (p) => `(${Math.floor(p / COLUMNS)}, ${p % COLUMNS})`;
 const viewName = ({ layer, head }) =>
   `layer ${meta.layers[layer]}, ${head === FUSED ? "all heads" : `head ${head}`}`;
 
-function reachText(reach, limit = Infinity) {
+function extentsText(extents, limit = Infinity) {
   const names = ["left", "up", "right", "down"];
-  return reach
+  return extents
     .map((length, k) => `${length >= limit ? "≥ " : ""}${length.toFixed(1)} ${names[k]}`)
     .join(", ");
 }
@@ -329,7 +329,7 @@ class Panel {
     if (state.flags.has("arrows")) this.drawArrows(context, stack, slice);
     if (state.flags.has("learned") && learned) this.drawLearned(context);
     const field = stack.fieldOf(slice, state.patch);
-    if (state.flags.has("field")) this.drawBox(context, field.reach, "#ffffff", 2);
+    if (state.flags.has("field")) this.drawBox(context, field.extents, "#ffffff", 2);
     if (state.flags.has("arrow")) {
       const [dx, dy] = [field.arrow[0] * this.cell[0], field.arrow[1] * this.cell[1]];
       context.beginPath();
@@ -384,7 +384,7 @@ class Panel {
     stroke(context, "#ffffff", devicePixelRatio);
   }
 
-  learnedReaches() {
+  learnedExtents() {
     const heads = meta.learnedHeads;
     const chosen = this.view.head === FUSED ? [...Array(heads).keys()] : [Number(this.view.head)];
     return chosen.filter((head) => head < heads).map((head) => {
@@ -395,7 +395,7 @@ class Panel {
 
   drawLearned(context) {
     context.setLineDash([6 * devicePixelRatio, 3 * devicePixelRatio]);
-    for (const reach of this.learnedReaches()) this.drawBox(context, reach, "#ffc233", 2);
+    for (const extents of this.learnedExtents()) this.drawBox(context, extents, "#ffc233", 2);
     context.setLineDash([]);
   }
 
@@ -405,14 +405,14 @@ class Panel {
     this.canvas.setAttribute("aria-label", `${viewName(this.view)}, patch ${nameOf(patch)}`);
     const [dx, dy] = field.arrow;
     this.measured.textContent =
-      `Field of ${Math.round(100 * meta.mass)} %: ${reachText(field.reach)}; area ${percent(field.area)} of the grid; ` +
+      `Field of ${Math.round(100 * meta.mass)} %: ${extentsText(field.extents)}; area ${percent(field.area)} of the grid; ` +
       `arrow ${Math.abs(dx).toFixed(2)} ${dx < 0 ? "left" : "right"}, ` +
       `${Math.abs(dy).toFixed(2)} ${dy < 0 ? "up" : "down"}.`;
-    const reaches = learned ? this.learnedReaches() : [];
-    this.learned.hidden = reaches.length === 0;
-    this.learned.textContent = reaches.length === 1
-      ? `Learned: ${reachText(reaches[0], Math.max(ROWS, COLUMNS))}.`
-      : `Learned: ${reaches.length} boxes, one a head; choose a head for its numbers.`;
+    const learnedFields = learned ? this.learnedExtents() : [];
+    this.learned.hidden = learnedFields.length === 0;
+    this.learned.textContent = learnedFields.length === 1
+      ? `Learned: ${extentsText(learnedFields[0], Math.max(ROWS, COLUMNS))}.`
+      : `Learned: ${learnedFields.length} boxes, one a head; choose a head for its numbers.`;
     const [listens, heard] = [strongest(to), strongest(by)];
     [...this.rows.rows].forEach((row, k) => {
       row.hidden = k >= PATCHES;

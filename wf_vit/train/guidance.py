@@ -39,8 +39,8 @@ from jaxtyping import Key as KeyArray
 from wf_vit import grid as geometry
 from wf_vit import indicators
 from wf_vit.errors import UsageError
-from wf_vit.models import recording
-from wf_vit.models.membership import LearnedFields
+from wf_vit import measure
+from wf_vit.models.windowfree import LearnedFields
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Interactions, Params
 
@@ -383,7 +383,7 @@ def _impact(
     options = {"layers": layers, "batch_size": len(images)}
     per_head = guidance.per_head
     if guidance.indicator == "propagated":
-        (knockout,) = recording.propagate(
+        (knockout,) = measure.propagate(
             model,
             params,
             images,
@@ -394,10 +394,10 @@ def _impact(
             **options,
         )
         return knockout.impact
-    (recorded,) = recording.record(model, params, images, **options)
+    (recorded,) = measure.record(model, params, images, **options)
     prefix = model.num_prefix_tokens
     if guidance.indicator == "knockout":
-        projection = recording.output_projection(model, params, layers)
+        projection = parameters.output_projection(model, params, layers)
         return indicators.knockout_impact(
             recorded.attention,
             recorded.values,

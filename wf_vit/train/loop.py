@@ -22,10 +22,10 @@ from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
-from wf_vit.tasks import prepare_workdir
+from wf_vit.workdir import prepare_workdir
 from wf_vit.train import initial, parallel, report, schedule, steps, teacher
 from wf_vit.train.checkpoint import Checkpoints
-from wf_vit.train.metrics import Reporter
+from wf_vit.train.reporter import Reporter
 from wf_vit.train.state import TrainState, init_state
 
 _LOG = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains, from the last checkpoint of the working directory if there is one.
 
     Args:
-      config: the experiment's config (``wf_vit.train.recipe``).
+      config: the experiment's config (``wf_vit.train.config``).
       workdir: receives ``config.json``, ``metrics.jsonl``, TensorBoard's events,
         ``checkpoints/`` and, at the end, ``figures/``.
 

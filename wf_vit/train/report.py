@@ -14,7 +14,7 @@ from wf_vit import figures
 from wf_vit.data import augment, pipeline
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
-from wf_vit.train.metrics import read_jsonl
+from wf_vit.train.reporter import read_jsonl
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from wf_vit import indicators, interventions
 from wf_vit.interventions import Keep
-from wf_vit.models import recording
+from wf_vit import measure
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Logits, Params, Tokens
 from wf_vit.verify.answers import Answer
@@ -170,7 +170,7 @@ def importance_maps(
     """
     prefix = model.num_prefix_tokens
     options = {"prefix_tokens": True, "batch_size": len(images)}
-    (knockout,) = recording.propagate(
+    (knockout,) = measure.propagate(
         model,
         params,
         images,
@@ -181,7 +181,7 @@ def importance_maps(
     )
     own = [knockout.impact]
     for wanted in classes.values():
-        own += recording.propagate_logit(
+        own += measure.propagate_logit(
             model, params, images, classes=wanted, **options
         )
 

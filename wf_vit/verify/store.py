@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from wf_vit.shapes import Params
-from wf_vit.tasks import claim_workdir, prepare_workdir, replacing
+from wf_vit.workdir import claim_workdir, prepare_workdir, replacing
 
 # Settings that change no outcome, only what is made of them.
 _FREE = ("bootstrap_samples", "timing_turns")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wf_vit import indicators
-from wf_vit.models import recording
+from wf_vit import measure
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Params
 from wf_vit.verify import network
@@ -106,7 +106,7 @@ class _Case:
     @cached_property
     def impact(self) -> Float[Array, "L B H P P"]:
         config = self.subject.config
-        (knockout,) = recording.propagate(
+        (knockout,) = measure.propagate(
             self.model,
             self.params,
             self.images,
@@ -191,8 +191,8 @@ class _Case:
         layers = tuple(range(self.model.depth))
         tokens = {"num_prefix_tokens": self.model.num_prefix_tokens}
         config = self.subject.config
-        (recorded,) = recording.record(self.model, self.params, image)
-        (propagated,) = recording.propagate(
+        (recorded,) = measure.record(self.model, self.params, image)
+        (propagated,) = measure.propagate(
             self.model,
             self.params,
             image,
@@ -203,7 +203,7 @@ class _Case:
         knockout = indicators.knockout_impact(
             recorded.attention,
             recorded.values,
-            *recording.output_projection(self.model, self.params),
+            *parameters.output_projection(self.model, self.params),
             **tokens,
         )
         impacts = {"propagated": propagated.impact, "knockout": knockout}

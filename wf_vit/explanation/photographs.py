@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, UInt8
 from wf_vit import fields
 from wf_vit import indicators as matrices
 from wf_vit.errors import UsageError
-from wf_vit.explain.explanation import Explanation, Learned
-from wf_vit.models import recording
+from wf_vit.explanation.explanation import Explanation, Learned
+from wf_vit import measure
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
@@ -63,7 +63,7 @@ def measure(
       loaded: the model.
       photographs: of the model's size, as ``loaded.preprocess.fit`` makes them.
       indicators: names of ``INDICATORS``; the fields are those of the last one.
-      target: the output that "propagated" looks at, one of ``recording.OUTPUTS``.
+      target: the output that "propagated" looks at, one of ``measure.OUTPUTS``.
       num_probes: of "propagated".
       layers: indices; None for all.
       heads: whether to measure every head on its own too. The heads of a window-free
@@ -84,7 +84,7 @@ def measure(
     learns = isinstance(model, WindowFreeViT)
     heads = heads or learns
     images = jnp.asarray(loaded.preprocess.normalize(photographs))
-    (recorded,) = recording.record(
+    (recorded,) = measure.record(
         model, loaded.params, images, layers=layers, batch_size=len(images)
     )
     impact_of = functools.partial(
@@ -157,7 +157,7 @@ def _impact(
     per_head: bool,
     loaded: Pretrained,
     images: Images,
-    recorded: recording.Recording,
+    recorded: measure.Recording,
     layers: Sequence[int] | None,
     target: str,
     num_probes: int,
@@ -168,7 +168,7 @@ def _impact(
     options = {"per_head": per_head, "num_prefix_tokens": model.num_prefix_tokens}
     match name:
         case "propagated":
-            (result,) = recording.propagate(
+            (result,) = measure.propagate(
                 model,
                 params,
                 images,
@@ -181,7 +181,7 @@ def _impact(
             )
             return result.impact, result.relative_error
         case "knockout":
-            projection = recording.output_projection(model, params, layers)
+            projection = parameters.output_projection(model, params, layers)
             impact = matrices.knockout_impact(
                 attention, recorded.values, *projection, **options
             )

@@ -1,5 +1,5 @@
 """The task ``explain``: a checkpoint and photographs to figures, data and pages."""
 
-from wf_vit.explain.task import explain
+from wf_vit.explanation.task import explain
 
 __all__ = ["explain"]

@@ -3,11 +3,11 @@
 import pytest
 from PIL import Image
 
-from tests.explain.example import DATA_ONLY, SIZE, make_config, noise
+from tests.explanation.example import DATA_ONLY, SIZE, make_config, noise
 from tests.networks import random_params
 from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
-from wf_vit.explain import explain
+from wf_vit.explanation import explain
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ import numpy as np
 import tqdm
 
 from wf_vit.errors import UsageError
-from wf_vit.explain import draw, images, summary
-from wf_vit.explain.explanation import DATA, IMAGES, Explanation
-from wf_vit.explain.measure import check_indicators, measure
+from wf_vit.explanation import draw, images, summary
+from wf_vit.explanation.explanation import DATA, IMAGES, Explanation
+from wf_vit.explanation.measure import check_indicators, measure
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained.preprocess import Preprocess
-from wf_vit.tasks import claim_workdir, prepare_workdir, replacing
+from wf_vit.workdir import claim_workdir, prepare_workdir, replacing
 
 _LOG = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tests.explain.example import arrays_of
-from wf_vit.explain.explanation import Explanation
+from tests.explanation.example import arrays_of
+from wf_vit.explanation.explanation import Explanation
 
 
 def test_what_is_saved_is_loaded(run):

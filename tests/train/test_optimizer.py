@@ -139,7 +139,7 @@ def test_adam_sees_the_gradient_of_wide_fields():
     params = state.init_params(model, seed=0)
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-10), params)
     for radii in ((0.0,), (1.5,)):
-        config.model.fields.radii = radii
+        config.model.fields.extents = radii
         optimizer = schedule.make_optimizer(config, schedule.durations(config, 1000))
         updates, _ = optimizer.update(gradients, optimizer.init(params), params)
         for names, update in traverse_util.flatten_dict(updates).items():

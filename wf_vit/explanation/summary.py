@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from wf_vit import fields
-from wf_vit.explain import draw
-from wf_vit.explain.explanation import ARRAYS, DATA, IMAGES
-from wf_vit.tasks import replacing
+from wf_vit.explanation import draw
+from wf_vit.explanation.explanation import ARRAYS, DATA, IMAGES
+from wf_vit.workdir import replacing
 
 TABLE = "table.csv"
 STATISTICS = "statistics.json"
@@ -30,11 +30,11 @@ COLUMNS = {
     "head": "number of the head, from 0, or 'all'",
     "field_area": "share of the grid that a responsive field covers, mean over patches",
     "field_area_std": "its standard deviation over patches",
-    "reach_left": "how far a field reaches to the left of its patch's centre, in "
+    "extent_left": "how far a field extends to the left of its patch's centre, in "
     "patches, mean over patches",
-    "reach_top": "the same upwards",
-    "reach_right": "the same to the right",
-    "reach_bottom": "the same downwards",
+    "extent_top": "the same upwards",
+    "extent_right": "the same to the right",
+    "extent_bottom": "the same downwards",
     "tendency_x": "from a patch to its field's centroid, in patches, to the right, "
     "mean over patches",
     "tendency_y": "the same downwards",
@@ -117,11 +117,11 @@ def _rows(arrays: np.lib.npyio.NpzFile) -> Iterator[list[Any]]:
 
 def _field_columns(arrays, kind) -> Float[np.ndarray, "L *heads columns"]:
     """Returns the columns that describe fields, of the heads together or of each."""
-    area, box, arrow = (
-        arrays[f"{kind}/{part}"] for part in ("area", "box", "displacement")
+    area, extents, arrow = (
+        arrays[f"{kind}/{part}"] for part in ("area", "extents", "displacement")
     )
     length = np.linalg.norm(arrow, axis=-1)
-    columns = [area.mean(-1), area.std(-1), *np.moveaxis(box.mean(-2), -1, 0)]
+    columns = [area.mean(-1), area.std(-1), *np.moveaxis(extents.mean(-2), -1, 0)]
     columns += [*np.moveaxis(arrow.mean(-2), -1, 0), length.mean(-1)]
     return np.stack(columns, axis=-1)
 

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from tests.explain.example import DATA_ONLY, NAMES, arrays_of, make_config
+from tests.explanation.example import DATA_ONLY, NAMES, arrays_of, make_config
 from wf_vit.errors import UsageError
-from wf_vit.explain import draw, explain, task
-from wf_vit.explain.explanation import Explanation
+from wf_vit.explanation import draw, explain, task
+from wf_vit.explanation.explanation import Explanation
 
 
 class Killed(BaseException):
@@ -137,9 +137,9 @@ def test_settings_that_cannot_work(photographs, tmp_path, changes, message):
 
 
 def test_the_task_needs_no_tensorflow():
-    code = "import sys, wf_vit.explain; print(*sys.modules)"
+    code = "import sys, wf_vit.explanation; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert "wf_vit.explain" in modules
+    assert "wf_vit.explanation" in modules
     assert not {"tensorflow", "clu", "tensorflow_datasets"} & set(modules)

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from wf_vit import figures, page
-from wf_vit.explain.explanation import Explanation
-from wf_vit.explain.measure import INDICATORS
-from wf_vit.tasks import replacing
+from wf_vit.explanation.explanation import Explanation
+from wf_vit.explanation.measure import INDICATORS
+from wf_vit.workdir import replacing
 
 FIGURES = "figures"
 PAGE = "page.html"
@@ -53,7 +53,7 @@ def image_drawings(explanation: Explanation, patch: int | None) -> Drawings:
             figures.learned_beside_measured,
             photograph,
             e.learned.extents,
-            e.field_heads.box,
+            e.field_heads.extents,
             softness=e.learned.softness,
             patch=patch,
             **options,

@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 
-from tests.explain.example import GRID, SIZE, VIT, arrays_of, make_config
+from tests.explanation.example import GRID, SIZE, VIT, arrays_of, make_config
 from wf_vit import fields
 from wf_vit import indicators as matrices
-from wf_vit.explain import images
-from wf_vit.models import pretrained, recording
+from wf_vit.explanation import images
+from wf_vit import measure
+from wf_vit.models import pretrained
 
 
 def test_the_arrays_are_what_the_library_computes(run, photographs):
@@ -17,10 +18,10 @@ def test_the_arrays_are_what_the_library_computes(run, photographs):
     photograph = loaded.preprocess.fit(images.read(photographs / "b.png"))
     np.testing.assert_array_equal(arrays["photograph"], photograph)
     prepared = loaded.preprocess.normalize(photograph[None])
-    (recorded,) = recording.record(loaded.model, loaded.params, prepared)
+    (recorded,) = measure.record(loaded.model, loaded.params, prepared)
     options = {"num_prefix_tokens": 1}
     attention, values = recorded.attention[:, 0], recorded.values[:, 0]
-    (propagated,) = recording.propagate(
+    (propagated,) = measure.propagate(
         loaded.model,
         loaded.params,
         prepared,
@@ -33,7 +34,7 @@ def test_the_arrays_are_what_the_library_computes(run, photographs):
         "knockout": matrices.knockout_impact(
             attention,
             values,
-            *recording.output_projection(loaded.model, loaded.params),
+            *parameters.output_projection(loaded.model, loaded.params),
             **options,
         ),
         "propagated": propagated.impact[:, 0],

@@ -1,26 +1,43 @@
-"""What the indicators need of a model: attention, values, and gradients.
+"""From a model and a batch of images to what the patches do to one another.
 
-Images stream through in batches of one shape, the last one padded, so that a model is
-traced once and memory is bounded by the batch, not by the number of images. Every
-function is jitted for its model and layers: calling it again traces nothing.
+Everything that measures a model comes through here: guidance, explanations, protocols
+and benchmarks. A call takes one batch, which the caller chooses to fit the memory
+(``bytes_per_image``). What runs the model is jitted for the model and the layers:
+calling it again traces nothing. Within ``jax.jit`` what is not used costs nothing.
 """
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from wf_vit import indicators
 from wf_vit.errors import UsageError
-from wf_vit.indicators.arithmetic import einsum
+from wf_vit.models.parameters import output_projection
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Params
 
+# Every indicator by name, and what it is called in a figure or a page.
+INDICATORS = {
+    "mean": "mean attention",
+    "max": "largest attention of a head",
+    "std": "spread of attention over heads",
+    "odds": "attention odds",
+    "rollout": "attention rollout",
+    "knockout": "knockout, effect in its layer",
+    "propagated": "knockout, effect on the output",
+    "distance": "distance",
+    "random": "random",
+}
+# Those that look at no image: controls of the others.
+CONTROLS = ("distance", "random")
+
+# What "propagated" can look at.
 OUTPUTS = ("tokens", "cls", "pooled")
 
 # On the host or the device; their dtype is checked with a message.
@@ -35,6 +52,7 @@ class Recording(NamedTuple):
       values: value vectors.
       scale: what the layer norm before each chosen layer divides each token by, and,
         last, the final norm.
+      extents: of the learned fields of a model that has them, in patches; else None.
       tokens: the residual stream after the final norm.
       logits: of the head, or the pooled representation of a model without one.
     """
@@ -42,20 +60,118 @@ class Recording(NamedTuple):
     attention: Float[Array, "L B H N N"]
     values: Float[Array, "L B N H K"]
     scale: Float[Array, "layers_and_1 B N"]
+    extents: Float[Array, "L B H P 4"] | None
     tokens: Float[Array, "B N D"]
     logits: Float[Array, "B C"]
 
 
-class OutputProjection(NamedTuple):
-    """How the heads of the chosen layers write to the residual stream.
+class Impact(NamedTuple):
+    """An indicator of one batch of images.
 
     Attributes:
-      output_kernel: slice of the output projection that belongs to each head.
-      residual_scale: LayerScale after it, or None if the model has none.
+      impact: of patch j on patch i, heads together.
+      heads: the same for each head on its own; None unless it was asked for.
+      relative_error: of the propagated impact, see `indicators.PropagatedKnockout`.
+      recording: the forward pass that it was measured in.
     """
 
-    output_kernel: Float[Array, "L H K D"]
-    residual_scale: Float[Array, "L D"] | None
+    impact: Float[Array, "L B P P"]
+    heads: Float[Array, "L B H P P"] | None
+    relative_error: Float[Array, "L B"] | None
+    recording: Recording
+
+
+def impact(
+    model: ViT,
+    params: Params,
+    images: AnyImages,
+    indicator: str,
+    *,
+    per_head: bool = False,
+    layers: Sequence[int] | None = None,
+    target: str = "tokens",
+    num_probes: int = 16,
+    key: Key | None = None,
+    recording: Recording | None = None,
+) -> Impact:
+    """Returns how much each interaction matters, by the name of an indicator.
+
+    "propagated" takes one forward pass and ``num_probes`` backward passes, heads
+    included; every other one takes a forward pass, or none with a ``recording``.
+
+    Args:
+      model: a ViT or a window-free transformer, of any computation dtype.
+      params: its parameters.
+      images: normalised images, on the host or the device.
+      indicator: a name of ``INDICATORS``.
+      per_head: whether to measure each head on its own too.
+      layers: indices from 0, in the order they are wanted; None for all.
+      target: the output that "propagated" looks at, see `propagate`.
+      num_probes: of "propagated", at least 2.
+      key: randomness of "propagated" and "random".
+      recording: of the same images and layers, say another indicator's.
+
+    Returns:
+      The impact, with the recording that it was measured in.
+
+    Raises:
+      UsageError: an unknown indicator, layer or target; a key or layers that the
+        indicator needs are missing; or images that do not fit the model.
+    """
+    if indicator not in INDICATORS:
+        raise UsageError(
+            f"The indicator is {indicator!r}: choose one of {', '.join(INDICATORS)}."
+        )
+    if indicator in ("propagated", "random") and key is None:
+        raise UsageError(
+            f"The indicator {indicator!r} was given no key: pass "
+            "key=jax.random.key(seed)."
+        )
+    if indicator == "propagated":
+        knockout, recording = propagate(
+            model,
+            params,
+            images,
+            target=target,
+            key=key,
+            num_probes=num_probes,
+            layers=layers,
+            per_head=per_head,
+        )
+        heads = knockout.heads.impact if per_head else None
+        return Impact(knockout.impact, heads, knockout.relative_error, recording)
+    if indicator == "rollout" and layers is not None:
+        raise UsageError(
+            f"layers is {tuple(layers)}, but the rollout needs all layers: pass None, "
+            "or choose another indicator."
+        )
+    if recording is None:
+        recording = record(model, params, images, layers=layers)
+    options = {"num_prefix_tokens": model.num_prefix_tokens}
+    match indicator:
+        case "knockout":
+            of = functools.partial(
+                indicators.knockout_impact,
+                recording.attention,
+                recording.values,
+                *output_projection(model, params, layers),
+                **options,
+            )
+        case "rollout":
+            of = functools.partial(
+                indicators.attention_rollout, recording.attention, **options
+            )
+        case _:
+            of = functools.partial(
+                indicators.interaction_indicator,
+                recording.attention,
+                method=indicator,
+                grid=model.grid,
+                key=key,
+                **options,
+            )
+    heads = of(per_head=True) if per_head else None
+    return Impact(of(per_head=False), heads, None, recording)
 
 
 def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
@@ -63,48 +179,14 @@ def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
 
     ``4 (L H N^2 + (L + 1) N (D + 1) + C)``: 24.2 MB for all layers of a ViT-S/14 at 224
     pixels, nearly all of it attention, which grows with the fourth power of the
-    image's side.
+    image's side. While it is computed a batch takes as much again, and one that is
+    propagated about 8 times as much, whatever the number of probes.
     """
-    count = len(_check_layers(model, layers))
+    count = len(model.check_layers(layers))
     tokens = model.num_tokens
     attention = count * model.num_heads * tokens**2
     streams = (count + 1) * tokens * (model.width + 1)
     return 4 * (attention + streams + model.num_classes)
-
-
-def output_projection(
-    model: ViT, params: Params, layers: Sequence[int] | None = None
-) -> OutputProjection:
-    """Returns the parameters that belong to a recording of the same layers."""
-    blocks = [params[f"blocks_{layer}"] for layer in _check_layers(model, layers)]
-    scale = None
-    if model.layer_scale is not None:
-        scale = jnp.stack([block["attention_scale"] for block in blocks])
-    kernels = [block["attention"]["out"]["kernel"] for block in blocks]
-    return OutputProjection(jnp.stack(kernels), scale)
-
-
-def head_gain(model: ViT, params: Params) -> Float[Array, "L H"]:
-    """Returns how far each head stretches what it is given, all directions alike.
-
-    The root mean square over random directions, for ``indicators.expected_stretch``:
-    the Frobenius norm of the map from the normalised stream to what the head writes,
-    with the norm's scale and LayerScale, over the square root of the width.
-    """
-    # Means and products of parameters in bfloat16 would be too coarse.
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    output_kernel, residual_scale = output_projection(model, params)
-    if residual_scale is not None:
-        output_kernel = output_kernel * residual_scale[:, None, None]
-    blocks = [params[f"blocks_{layer}"] for layer in range(model.depth)]
-    norms = jnp.stack([block["attention_norm"]["scale"] for block in blocks])
-    kernels = jnp.stack([block["attention"]["value"]["kernel"] for block in blocks])
-    kernels = kernels * norms[..., None, None]
-    # A layer norm takes the mean of a token away first.
-    kernels = kernels - kernels.mean(1, keepdims=True)
-    read = einsum("ldhj,ldhk->lhjk", kernels, kernels)
-    written = einsum("lhjd,lhkd->lhjk", output_kernel, output_kernel)
-    return jnp.sqrt((read * written).sum((-1, -2)) / model.width)
 
 
 def record(
@@ -113,37 +195,21 @@ def record(
     images: AnyImages,
     *,
     layers: Sequence[int] | None = None,
-    batch_size: int = 16,
-) -> Iterator[Recording]:
-    """Runs a model on images and yields what its layers did, batch by batch.
-
-    One batch takes ``batch_size * bytes_per_image(model, layers)`` on the device, and
-    as much again while it is computed. What was yielded is the caller's to reduce and
-    to drop.
+) -> Recording:
+    """Runs a model on a batch and returns what its layers did.
 
     Args:
       model: a ViT or a window-free transformer, of any computation dtype.
       params: its parameters.
       images: normalised images, on the host or the device.
       layers: indices from 0, in the order they are wanted; None for all.
-      batch_size: images at once.
-
-    Yields:
-      Recordings of ``batch_size`` images each; the last may have fewer.
 
     Raises:
       UsageError: unknown or repeated layers, images that do not fit the model.
     """
-    chosen = _check_layers(model, layers)
-    for _, batch, count in _batches(images, batch_size):
-        recording = _record(params, batch, model=model, layers=chosen)
-        yield Recording(
-            attention=recording.attention[:, :count],
-            values=recording.values[:, :count],
-            scale=recording.scale[:, :count],
-            tokens=recording.tokens[:count],
-            logits=recording.logits[:count],
-        )
+    chosen = model.check_layers(layers)
+    _check_images(images)
+    return _record(params, images, model=model, layers=chosen)
 
 
 def propagate(
@@ -158,33 +224,29 @@ def propagate(
     per_head: bool = False,
     shrink: bool = True,
     prefix_tokens: bool = False,
-    batch_size: int = 8,
-) -> Iterator[indicators.PropagatedKnockout]:
-    """Yields how far cutting each interaction moves the model's output.
+) -> tuple[indicators.PropagatedKnockout, Recording]:
+    """Returns how far cutting each interaction moves the model's output.
 
     The propagated indicator of ``indicators.propagated_knockout`` for a vector
-    output: one forward pass and ``num_probes`` backward passes a batch.
+    output: one forward pass and ``num_probes`` backward passes.
 
     Args:
       model: see ``record``.
       params: its parameters.
       images: see ``record``.
-      target: the output: all "tokens" after the final norm, the "cls" token among
-        them, or what the head reads ("pooled").
-      key: the probes' randomness. An image's probes depend on its place among the
-        images, but not on the batch size.
-      num_probes: M.
+      target: one of ``OUTPUTS``: all final "tokens", the "cls" token, or "pooled", what
+        the head reads. For a class use ``propagate_logit``.
+      key: randomness of the probes. An image's impact depends on it and on the place
+        in the batch, but not on the other images.
+      num_probes: M, at least 2.
       layers: see ``record``.
-      per_head: cut one head at a time.
+      per_head: whether to cut in one head at a time too.
       shrink: see ``indicators.propagated_knockout``.
       prefix_tokens: whether to keep the interactions with the prefix tokens.
-      batch_size: images at once. One takes about 8 times ``bytes_per_image`` while it
-        is computed (0.2 GB for all layers of a ViT-S/14 at 224 pixels), whatever the
-        number of probes.
 
-    Yields:
-      Impacts ``[L, B, P, P]`` or ``[L, B, H, P, P]``, and their relative errors; with
-      ``prefix_tokens``, N in place of P.
+    Returns:
+      Impacts ``[L, B, P, P]``, per head ``[L, B, H, P, P]``, and their relative
+      errors; with ``prefix_tokens``, N in place of P. And the recording.
 
     Raises:
       UsageError: an unknown target or layer, or images that do not fit the model.
@@ -196,22 +258,20 @@ def propagate(
         )
     if target == "cls" and not model.cls_token:
         raise UsageError("target='cls', but the model has no CLS token: use 'pooled'.")
-    chosen = _check_layers(model, layers)
-    for start, batch, count in _batches(images, batch_size):
-        impact, error = _propagate(
-            params,
-            batch,
-            key,
-            start,
-            model=model,
-            layers=chosen,
-            target=target,
-            num_probes=num_probes,
-            per_head=per_head,
-            shrink=shrink,
-            prefix_tokens=prefix_tokens,
-        )
-        yield indicators.PropagatedKnockout(impact[:, :count], error[:, :count])
+    chosen = model.check_layers(layers)
+    _check_images(images)
+    return _propagate(
+        params,
+        images,
+        key,
+        model=model,
+        layers=chosen,
+        target=target,
+        num_probes=num_probes,
+        per_head=per_head,
+        shrink=shrink,
+        prefix_tokens=prefix_tokens,
+    )
 
 
 def propagate_logit(
@@ -223,12 +283,11 @@ def propagate_logit(
     layers: Sequence[int] | None = None,
     per_head: bool = False,
     prefix_tokens: bool = False,
-    batch_size: int = 8,
-) -> Iterator[Float[Array, "L b ..."]]:
-    """Yields how much each interaction adds to a class logit, to first order, signed.
+) -> Float[Array, "L B ..."]:
+    """Returns how much each interaction adds to a class logit, to first order, signed.
 
     The propagated indicator of ``indicators.knockout_effect``: cutting the
-    interaction lowers the logit by about as much. One backward pass a batch.
+    interaction lowers the logit by about as much. One forward and one backward pass.
 
     Args:
       model: see ``record``; it has a head.
@@ -236,11 +295,10 @@ def propagate_logit(
       images: see ``record``.
       classes: the class to explain, of all images or of each.
       layers: see ``record``.
-      per_head: see ``propagate``.
+      per_head: the effect in each head alone; the fused effect is their sum.
       prefix_tokens: see ``propagate``.
-      batch_size: see ``propagate``.
 
-    Yields:
+    Returns:
       Effects in units of the logit, ``[L, B, P, P]`` or ``[L, B, H, P, P]``; with
       ``prefix_tokens``, N in place of P.
 
@@ -259,53 +317,26 @@ def propagate_logit(
             f"The classes run from {classes.min()} to {classes.max()}, but the model "
             f"has {model.num_classes}: name classes from 0 to C - 1."
         )
-    chosen = _check_layers(model, layers)
-    for start, batch, count in _batches(images, batch_size):
-        wanted = np.resize(classes[start : start + count], len(batch))
-        effect = _propagate_logit(
-            params,
-            batch,
-            wanted,
-            model=model,
-            layers=chosen,
-            per_head=per_head,
-            prefix_tokens=prefix_tokens,
-        )
-        yield effect[:, :count]
+    chosen = model.check_layers(layers)
+    _check_images(images)
+    return _propagate_logit(
+        params,
+        images,
+        classes,
+        model=model,
+        layers=chosen,
+        per_head=per_head,
+        prefix_tokens=prefix_tokens,
+    )
 
 
-def _check_layers(model: ViT, layers: Sequence[int] | None) -> tuple[int, ...]:
-    if layers is None:
-        return tuple(range(model.depth))
-    chosen = tuple(operator.index(layer) for layer in layers)
-    known = set(range(model.depth))
-    if not chosen or not set(chosen) <= known or len(set(chosen)) < len(chosen):
-        raise UsageError(
-            f"layers is {list(layers)}: name some of the layers 0 to "
-            f"{model.depth - 1}, each once, or pass None for all."
-        )
-    return chosen
-
-
-def _batches(
-    images: AnyImages, batch_size: int
-) -> Iterator[tuple[int, AnyImages, int]]:
-    """Yields where a batch starts, the batch, and how many of it are no padding."""
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}, expected at least 1.")
+def _check_images(images: AnyImages) -> None:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UsageError(
             f"The images are {images.dtype}, expected normalised images, which are "
             "floats: prepare them as the model expects "
             "(the preprocess of models.pretrained.load)."
         )
-    size = min(batch_size, len(images))
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + size]
-        count = len(batch)
-        if count < size:
-            batch = np.pad(batch, [(0, size - count), (0, 0), (0, 0), (0, 0)])
-        yield start, batch, count
 
 
 def _forward(
@@ -320,10 +351,12 @@ def _forward(
     outputs = {"tokens": tokens, "cls": tokens[:, 0], "logits": logits}
     outputs["pooled"] = out["pooled"].astype(jnp.float32)
     records = [out["records"][layer] for layer in layers]
+    extents = [out["fields"][n].extents for n in layers if n in out["fields"]]
     return outputs, Recording(
         attention=jnp.stack([r["attention"] for r in records]),
         values=jnp.stack([r["values"] for r in records]),
         scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
+        extents=jnp.stack(extents) if extents else None,
         tokens=tokens,
         logits=logits,
     )
@@ -385,7 +418,6 @@ def _propagate(
     params: Params,
     images: Images,
     key: Key,
-    start: Int[Array, ""],
     *,
     model: ViT,
     layers: tuple[int, ...],
@@ -394,11 +426,11 @@ def _propagate(
     per_head: bool,
     shrink: bool,
     prefix_tokens: bool,
-) -> indicators.PropagatedKnockout:
+) -> tuple[indicators.PropagatedKnockout, Recording]:
     output, gradients, recording = _linearize(
         model, layers, params, images, operator.itemgetter(target)
     )
-    places = start + jnp.arange(images.shape[0])
+    places = jnp.arange(images.shape[0])
 
     def cotangents(probe):
         def signs(place):
@@ -408,7 +440,7 @@ def _propagate(
         return gradients(jax.vmap(signs)(places))
 
     projection = output_projection(model, params, layers)
-    return indicators.propagated_knockout(
+    knockout = indicators.propagated_knockout(
         recording.attention,
         recording.values,
         projection.output_kernel,
@@ -419,6 +451,7 @@ def _propagate(
         per_head=per_head,
         shrink=shrink,
     )
+    return knockout, recording
 
 
 @functools.partial(

@@ -15,7 +15,7 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     A duration ``name`` has three keys, ``name_steps``, ``name_epochs`` and
     ``name_percent`` (of the whole run). The finest that is set counts, so that an
     override of ``warmup_steps`` wins over a config's ``warmup_epochs``. They are
-    resolved when the run starts (``wf_vit.train.schedule.durations``).
+    resolved when the run starts (``wf_vit.train.optimizer.durations``).
     """
     config = ml_collections.ConfigDict()
     config.task = "train"  # or "evaluate"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.explain.example import (
+from tests.explanation.example import (
     DATA_ONLY,
     GRID,
     HEADS,
@@ -20,8 +20,8 @@ from tests.explain.example import (
     make_config,
 )
 from tests.explorer import Explorer, assert_shows
-from wf_vit.explain import draw, explain
-from wf_vit.explain.explanation import Explanation
+from wf_vit.explanation import draw, explain
+from wf_vit.explanation.explanation import Explanation
 from wf_vit.page import coding
 
 
@@ -79,7 +79,7 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
         np.broadcast_to(radii, (LAYERS, HEADS, PATCHES, 4)),
         rtol=1e-5,
     )
-    assert explanation.field_heads.box.shape == (LAYERS, HEADS, PATCHES, 4)
+    assert explanation.field_heads.extents.shape == (LAYERS, HEADS, PATCHES, 4)
     learned = draw.image_drawings(explanation, None)["learned"]()
     assert [panel.get_ylabel() for panel in learned.axes] == [
         "learned",
@@ -122,7 +122,7 @@ def test_the_page_shows_the_numbers_of_the_data(browser, photographs, tmp_path):
     for patch in (0, 9, 23):
         visit.hover(patch)
         assert_shows(visit, patch, arrays["impact/propagated"][1])
-        box = arrays["field/box"][1, patch]
+        box = arrays["field/extents"][1, patch]
         np.testing.assert_allclose(visit.field()[:4], box, atol=0.06)
         arrow = np.abs(arrays["field/displacement"][1, patch])
         np.testing.assert_allclose(visit.field()[4:], arrow, atol=0.02)

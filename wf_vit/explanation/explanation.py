@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 
 from wf_vit.fields import Field
 from wf_vit.grid import Grid
-from wf_vit.tasks import replacing
+from wf_vit.workdir import replacing
 
 # The folder of the results, in which every image has a folder of its own.
 IMAGES = "images"
@@ -23,8 +23,8 @@ ARRAYS = {
     "indicator": "name of the indicator that the fields are made of",
     "impact/NAME": "[L, P, P], for each indicator: of patch j (column) on i (row)",
     "impact_heads/NAME": "[L, H, P, P]: the same for each head on its own",
-    "field/box": "[L, P, 4]: how far the responsive field reaches to the left, top, "
-    "right and bottom of the patch's centre",
+    "field/extents": "[L, P, 4]: how far the responsive field extends to the left, top, "
+    "right and bottom of the patch's centre, in patches",
     "field/area": "[L, P]: share of the grid that the field covers",
     "field/displacement": "[L, P, 2]: from the patch to its field's centroid",
     "field/covariance": "[L, P, 2, 2]: of positions in the field, in patches^2",
@@ -35,7 +35,7 @@ ARRAYS = {
     "attention_distance": "[L, H]: mean attention distance, in patches",
     "relative_error": "[L]: standard error of the propagated impact, relative to it",
     "learned/extents": "[L, H, P, 4]: of a window-free transformer: how far its "
-    "learned fields reach to the left, top, right and bottom",
+    "learned fields extend to the left, top, right and bottom",
     "learned/softness": "[]: width of the learned fields' border, in patches",
 }
 

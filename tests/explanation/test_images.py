@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.explain.example import NAMES, noise
+from tests.explanation.example import NAMES, noise
 from wf_vit.errors import UsageError
-from wf_vit.explain import images
+from wf_vit.explanation import images
 
 
 def test_images_are_found_once_under_names_of_their_own(photographs, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from wf_vit.errors import UsageError
-from wf_vit.models import recording
-from wf_vit.models.membership import DROPPED
+from wf_vit import measure
+from wf_vit.models.windowfree import DROPPED
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
 
@@ -53,16 +53,16 @@ def images():
 def record_of(model, params, images, kind, **options):
     """Joins the batches of one kind of recorded array."""
     axis = 1 if kind in ("attention", "values") else 0
-    batches = recording.record(model, params, images, **options)
+    batches = measure.record(model, params, images, **options)
     return np.concatenate([getattr(batch, kind) for batch in batches], axis)
 
 
 def impact_of(*args, **options):
-    return np.concatenate([b.impact for b in recording.propagate(*args, **options)], 1)
+    return np.concatenate([b.impact for b in measure.propagate(*args, **options)], 1)
 
 
 def logit_effect_of(*args, **options):
-    return np.concatenate(list(recording.propagate_logit(*args, **options)), 1)
+    return np.concatenate(list(measure.propagate_logit(*args, **options)), 1)
 
 
 def by_bias(model, params, images, read):
@@ -106,21 +106,21 @@ def test_batches_join_to_what_the_model_records_at_once(model_class, images):
 
 def test_a_shorter_last_batch_is_not_traced_again(params, images):
     before = recording._record._cache_size()
-    batches = recording.record(MODEL, params, images, layers=(1,), batch_size=2)
+    batches = measure.record(MODEL, params, images, layers=(1,), batch_size=2)
     assert [len(batch.logits) for batch in batches] == [2, 2, 1]
-    list(recording.record(MODEL, params, images[:4], layers=(1,), batch_size=2))
+    list(measure.record(MODEL, params, images[:4], layers=(1,), batch_size=2))
     assert recording._record._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("layers", [None, (1,)])
 def test_the_stated_memory_is_what_is_returned(params, images, layers):
-    (batch,) = recording.record(MODEL, params, images, layers=layers)
+    (batch,) = measure.record(MODEL, params, images, layers=layers)
     size = sum(array.nbytes for array in batch)
-    assert size == len(images) * recording.bytes_per_image(MODEL, layers)
+    assert size == len(images) * measure.bytes_per_image(MODEL, layers)
 
 
 def test_the_scales_are_what_the_layer_norms_divide_by(params, images):
-    (batch,) = recording.record(MODEL, params, images)
+    (batch,) = measure.record(MODEL, params, images)
     apply = functools.partial(MODEL.apply, {"params": params})
     streams = [apply(jnp.asarray(images), method="embed")]
     for layer in range(MODEL.depth):
@@ -132,7 +132,7 @@ def test_the_scales_are_what_the_layer_norms_divide_by(params, images):
 
 
 def test_the_gain_of_a_head_is_that_of_its_map(params):
-    gain = recording.head_gain(MODEL, params)
+    gain = parameters.head_gain(MODEL, params)
     assert gain.shape == (MODEL.depth, MODEL.num_heads)
     block = params["blocks_1"]
     norm, attention = block["attention_norm"]["scale"], block["attention"]
@@ -150,44 +150,44 @@ def test_the_gain_of_a_head_is_that_of_its_map(params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     again = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     np.testing.assert_array_equal(
-        recording.head_gain(MODEL, half), recording.head_gain(MODEL, again)
+        parameters.head_gain(MODEL, half), parameters.head_gain(MODEL, again)
     )
 
 
 def test_the_documented_size_of_a_small_vit():
     model = ViT(0, (224, 224), (14, 14), 384, 12, 1536, 6)
-    assert round(recording.bytes_per_image(model) / 1e6, 1) == 24.2
+    assert round(measure.bytes_per_image(model) / 1e6, 1) == 24.2
 
 
 def test_recordings_are_float32_whatever_the_model_computes_in(params, images):
     half = MODEL.clone(dtype=jnp.bfloat16)
-    (batch,) = recording.record(half, params, images)
+    (batch,) = measure.record(half, params, images)
     assert {array.dtype for array in batch} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(batch.attention.sum(-1), 1, atol=1e-5)
 
 
 def test_output_projection_is_that_of_the_layers_asked_for(params):
-    kernel, scale = recording.output_projection(MODEL, params, (1, 0))
+    kernel, scale = parameters.output_projection(MODEL, params, (1, 0))
     for place, block in enumerate((params["blocks_1"], params["blocks_0"])):
         np.testing.assert_array_equal(
             kernel[place], block["attention"]["out"]["kernel"]
         )
         np.testing.assert_array_equal(scale[place], block["attention_scale"])
     plain = MODEL.clone(layer_scale=None)
-    assert recording.output_projection(plain, random_params(plain))[1] is None
+    assert parameters.output_projection(plain, random_params(plain))[1] is None
 
 
 @pytest.mark.parametrize("layers", [(), (2,), (-1,), (0, 0)])
 def test_unknown_layers_are_refused(params, images, layers):
     with pytest.raises(UsageError, match="layers 0 to 1"):
-        next(recording.record(MODEL, params, images, layers=layers))
+        next(measure.record(MODEL, params, images, layers=layers))
 
 
 def test_images_that_are_not_normalised_are_refused(params, images):
     with pytest.raises(UsageError, match=r"uint8, expected normalised"):
-        next(recording.record(MODEL, params, images.astype(np.uint8)))
+        next(measure.record(MODEL, params, images.astype(np.uint8)))
     with pytest.raises(UsageError, match="batch_size is 0"):
-        next(recording.record(MODEL, params, images, batch_size=0))
+        next(measure.record(MODEL, params, images, batch_size=0))
 
 
 # Propagation. The reference is the exact derivative by an additive attention bias.
@@ -224,7 +224,7 @@ def test_propagated_impacts_converge_to_the_exact_jacobian(
     exact = np.moveaxis(exact if per_head else exact.sum(3), 0, -1)
     exact = np.linalg.norm(exact, axis=-1)
     options = {"target": target, "per_head": per_head, "prefix_tokens": True}
-    (got,) = recording.propagate(
+    (got,) = measure.propagate(
         model, params, images, key=jax.random.key(1), num_probes=1000, **options
     )
     assert got.impact.shape == exact.shape
@@ -306,12 +306,12 @@ def test_the_window_free_model_propagates_too(images, impact):
 def test_unknown_targets_and_classes_are_refused(params, images):
     key = jax.random.key(0)
     with pytest.raises(UsageError, match="call propagate_logit"):
-        next(recording.propagate(MODEL, params, images, target="logits", key=key))
+        next(measure.propagate(MODEL, params, images, target="logits", key=key))
     model = MODEL.clone(cls_token=False, pool="mean")
     with pytest.raises(UsageError, match="no CLS token"):
-        next(recording.propagate(model, params, images, target="cls", key=key))
+        next(measure.propagate(model, params, images, target="cls", key=key))
     for classes in (3, [0, 1, 2, 3, 0], -1):
         with pytest.raises(UsageError, match="has 3"):
-            next(recording.propagate_logit(MODEL, params, images, classes=classes))
+            next(measure.propagate_logit(MODEL, params, images, classes=classes))
     with pytest.raises(UsageError, match="one class, or one for each of 5 images"):
-        next(recording.propagate_logit(MODEL, params, images, classes=[0, 1]))
+        next(measure.propagate_logit(MODEL, params, images, classes=[0, 1]))

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from tests.explain.example import LAYERS, NAMES, arrays_of
-from wf_vit.explain import summary
-from wf_vit.explain.explanation import ARRAYS
+from tests.explanation.example import LAYERS, NAMES, arrays_of
+from wf_vit.explanation import summary
+from wf_vit.explanation.explanation import ARRAYS
 
 
 def test_every_array_and_column_is_documented(run):
@@ -38,9 +38,9 @@ def test_the_table_has_a_row_for_each_image_layer_and_head(run):
     arrays = arrays_of(run, "more/a.png")
     together, _, second = rows[-3:]
     reach = [
-        float(together[f"reach_{side}"]) for side in ("left", "top", "right", "bottom")
+        float(together[f"extent_{side}"]) for side in ("left", "top", "right", "bottom")
     ]
-    np.testing.assert_allclose(reach, arrays["field/box"][1].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(reach, arrays["field/extents"][1].mean(0), rtol=1e-5)
     arrow = arrays["field/displacement"][1]
     got = [float(together[f"tendency_{part}"]) for part in ("x", "y", "length")]
     expected = [*arrow.mean(0), np.linalg.norm(arrow, axis=-1).mean()]

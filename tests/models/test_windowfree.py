@@ -7,7 +7,7 @@ import pytest
 
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
-from wf_vit.models.membership import (
+from wf_vit.models.windowfree import (
     DROPPED,
     FieldConfig,
     PredictedFields,
@@ -73,8 +73,8 @@ def test_prefix_tokens_see_and_are_seen_by_everything():
     np.testing.assert_array_equal(bias[..., 2:, 2:], fields.log_membership())
 
 
-def test_prediction_starts_at_the_radii_of_the_heads():
-    config = FieldConfig(radii=(1.0, 4.0, 1e3))
+def test_prediction_starts_at_the_extents_of_the_heads():
+    config = FieldConfig(extents=(1.0, 4.0, 1e3))
     module = PredictedFields(num_heads=6, grid=GRID, config=config, layer=0)
     x = jax.random.normal(jax.random.key(0), (2, 16, 8))  # One prefix token.
     fields = module.apply(module.init(jax.random.key(1), x), x)
@@ -84,8 +84,8 @@ def test_prediction_starts_at_the_radii_of_the_heads():
 
 
 def test_fields_of_later_layers_start_wider_until_they_reach_across_the_grid():
-    config = FieldConfig(radii=(1.0, 1.5, 9.0, 0.0), growth=2.0)
-    starts = [config.radii_of(4, GRID, layer) for layer in range(3)]
+    config = FieldConfig(extents=(1.0, 1.5, 9.0, 0.0), growth=2.0)
+    starts = [config.extents_of(4, GRID, layer) for layer in range(3)]
     wide = 4 + 12 * 0.5
     np.testing.assert_allclose(
         starts, [[1, 1.5, 9, wide], [3, 3.5, 9, wide], [4, 4, 9, wide]]
@@ -97,7 +97,7 @@ def test_fields_of_later_layers_start_wider_until_they_reach_across_the_grid():
 def test_prediction_reads_its_source_only(source, per_head):
     if source == "queries" and not per_head:
         pytest.skip("queries differ by head")
-    config = FieldConfig(radii=(1.0,), source=source, per_head=per_head)
+    config = FieldConfig(extents=(1.0,), source=source, per_head=per_head)
     module = PredictedFields(num_heads=2, grid=GRID, config=config, layer=0)
     shapes = {"normed": (2, 16, 8), "stream": (2, 16, 8), "queries": (2, 16, 2, 4)}
     values = {
@@ -139,7 +139,7 @@ def test_queries_predict_the_fields_of_their_own_head():
 
 @pytest.mark.parametrize("softness", [0.5, 2.0])
 def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
-    config = FieldConfig(radii=(0.0,), softness=softness)
+    config = FieldConfig(extents=(0.0,), softness=softness)
     module = PredictedFields(num_heads=1, grid=(3, 28), config=config, layer=0)
     x = jax.random.normal(jax.random.key(0), (1, 84, 4))
     variables = module.init(jax.random.key(1), x)
@@ -155,8 +155,8 @@ def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"radii": ()}, "one number for each head"),
-        ({"radii": (-1.0,)}, "0 covers the grid"),
+        ({"extents": ()}, "one number for each head"),
+        ({"extents": (-1.0,)}, "0 covers the grid"),
         ({"growth": -0.5}, "expected 0"),
         ({"softness": 0.0}, "a softness above 0"),
         ({"threshold": 1.0}, "below 1"),

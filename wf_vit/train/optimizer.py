@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from wf_vit.errors import UsageError
 from wf_vit.models.attention import FIELD
 from wf_vit.shapes import Params
-from wf_vit.train.recipe import UNITS
+from wf_vit.train.config import UNITS
 
 _BLOCK = "blocks_"
 # Top-level parameters of a model that come before its blocks.
@@ -38,7 +38,7 @@ def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
     """Resolves every duration of a config, overrides included, into steps.
 
     Args:
-      config: the experiment's config (``wf_vit.train.recipe``).
+      config: the experiment's config (``wf_vit.train.config``).
       num_train: number of training examples, over all processes.
 
     Raises:
@@ -100,7 +100,7 @@ def make_optimizer(
     """Returns AdamW (arXiv 1711.05101) behind a clipping of the global norm.
 
     With ``layer_decay`` and ``fields_rate``, each parameter has its own rate
-    (``relative_rate``). Where fields start wide (``fields.radii`` of 0), their gradient
+    (``relative_rate``). Where fields start wide (``fields.extents`` of 0), their gradient
     is so small that Adam's epsilon would hide it; it is made larger, which Adam does
     not notice otherwise.
 
@@ -126,7 +126,7 @@ def make_optimizer(
         mask=decay_mask,
     )
     parts = [adamw]
-    if 0 in config.model.fields.radii:
+    if 0 in config.model.fields.extents:
         parts.insert(0, _amplify_fields(_WIDE_FIELDS_GAIN))
     if options.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
