@@ -104,9 +104,9 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
       UsageError: the arguments, or what the task was given, cannot work.
     """
+    show_own_log()  # First: a config may import TensorFlow too.
     config, workdir = parse(arguments)
     check_task(config)
-    show_own_log()
     with _missing_packages_explained():
         if config.task in ("train", "evaluate"):
             from wf_vit.train import parallel
@@ -169,10 +169,15 @@ def check_task(config: ml_collections.ConfigDict) -> None:
 def show_own_log() -> None:
     """Shows what this program logs, and of its libraries only the errors.
 
-    To see more of TensorFlow, set ``TF_CPP_MIN_LOG_LEVEL=0``.
+    What TensorFlow logs is up to two variables, which it reads when it is imported:
+    values that the user has set stay.
     """
-    # TensorFlow reads it when it is imported. 2: errors only.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    # It announces oneDNN whatever the level. Here it decodes and crops images only,
+    # which oneDNN has no part in.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Else absl warns of what is logged before.
     absl.logging.set_verbosity(absl.logging.ERROR)
     absl.logging.use_absl_handler()
     formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
