@@ -216,7 +216,7 @@ documented where they are set:
 
 
 def config_folder() -> Path:
-    """Returns the folder of the configs: in the wheel's package, or beside a clone's."""
+    """Returns the folder of the configs: within the package (wheel) or beside it."""
     package = Path(__file__).resolve().parent
     within = package / "configs"
     return within if within.is_dir() else package.parent / "configs"

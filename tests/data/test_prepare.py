@@ -105,7 +105,7 @@ def test_a_step_of_the_imagenet_recipe(imagenet, tmp_path):
     config, _ = command.parse(["--config=windowfree:runlocal"])
     config.data.data_dir = str(imagenet)
     config.data.image_size = 32
-    config.total_steps = config.eval_steps = config.checkpoint_steps = 1
+    config.total_steps = config.eval_steps = config.checkpoint_steps = 2
     metrics = loop.train(config, tmp_path)
     assert set(metrics) == {
         f"{split}/{metric}"
@@ -177,5 +177,3 @@ def test_sets_that_need_nothing(tmp_path, caplog):
 def test_a_set_that_cannot_be_used_is_not_downloaded(tmp_path):
     with pytest.raises(UsageError, match="expected an image and one class label"):
         prepare("coco/2017", tmp_path)
-
-

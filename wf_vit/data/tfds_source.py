@@ -114,7 +114,8 @@ def _supervised_features(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
 def describe_splits(builder: tfds.core.DatasetBuilder) -> str:
     """Returns the splits and their sizes, for messages."""
     sizes = [
-        f"{str(k)!r} ({v.num_examples} examples)" for k, v in builder.info.splits.items()
+        f"{str(k)!r} ({v.num_examples} examples)"
+        for k, v in builder.info.splits.items()
     ]
     return ", ".join(sizes) or "no splits"
 
