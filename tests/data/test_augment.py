@@ -62,12 +62,10 @@ def test_flip_mirrors_about_half_of_the_images():
     images, labels = _batch(64)
     plain, _ = _augment(_config(), images, labels)
     result, _ = _augment(_config(flip_probability=0.5), images, labels)
-    kept = [np.array_equal(a, b) for a, b in zip(result, plain, strict=True)]
-    flipped = [
-        np.array_equal(a, b[:, ::-1]) for a, b in zip(result, plain, strict=True)
-    ]
-    assert all(k != f for k, f in zip(kept, flipped, strict=True))
-    assert 16 < sum(flipped) < 48
+    kept = np.isclose(result, plain, atol=1e-5).all(axis=(1, 2, 3))
+    flipped = np.isclose(result, plain[:, :, ::-1], atol=1e-5).all(axis=(1, 2, 3))
+    assert (kept != flipped).all()
+    assert 16 < flipped.sum() < 48
 
 
 def test_four_devices_equal_one():
@@ -145,7 +143,8 @@ def test_erasing_puts_noise_of_the_stated_area_in_a_box():
     labels = labels % 10
     plain, _ = _augment(_config(), images, labels)
     result, targets = _augment(_config(erase_probability=0.5), images, labels)
-    changed = np.asarray(result != plain).any(axis=-1)
+    # Two programs: what is left alone may differ by a rounding error.
+    changed = ~np.isclose(result, plain, atol=1e-5).all(axis=-1)
     area = changed.mean(axis=(1, 2))
     assert 16 < (area > 0).sum() < 48
     assert area[area > 0].min() > 0.01
