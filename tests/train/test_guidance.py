@@ -251,7 +251,7 @@ def test_a_config_becomes_guidance(digits_config):
     ("model", "options", "message"),
     [
         ("windowfree", {"weight": 0.0, "teacher": "somewhere"}, "its weight is 0"),
-        ("vit", {"match": "fields"}, "'vit' has no fields to guide: use windowfree or"),
+        ("vit", {"match": "fields"}, "a ViT has no fields to guide: set"),
         ("windowfree", {"match": "values"}, "choose one of fields, attention"),
         ("windowfree", {"indicator": "mean"}, "attention has no area"),
         ("windowfree", {"indicator": "max_"}, "choose one of mean"),
@@ -278,7 +278,7 @@ def test_models_with_guidable_fields_are_those_listed():
         _, out = jax.eval_shape(
             lambda x, m=model: m.init_with_output(jax.random.key(0), x)[0], images
         )
-        assert bool(out["fields"]) == (name in registry.FIELD_MODELS)
+        assert bool(out["fields"]) == isinstance(model, registry.FIELD_MODELS)
 
 
 @pytest.mark.parametrize(("area_weight", "sign"), [(0.5, -1), (1.0, 0), (2.0, 1)])
