@@ -208,7 +208,7 @@ def compare_with_forward(turns: int) -> dict[str, dict[str, float]]:
 def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
     """Indicator and forward pass of a whole ViT-S/14, all layers of one image."""
     model = registry.create_model(
-        registry.default_config("vit", "S/14"),
+        registry.ModelConfig(name="vit", variant="S/14"),
         num_classes=0,
         image_size=224,
     ).clone(dtype=jnp.float32, cls_token=True)
