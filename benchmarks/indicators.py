@@ -283,8 +283,10 @@ def peak_memory(function: str) -> float:
 
     All layers of a ViT-B/16 at 384 pixels, batch 8.
     """
-    command = [sys.executable, __file__, f"--peak_memory_of={function}"]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    module = ["-m", "benchmarks.indicators", f"--peak_memory_of={function}"]
+    result = subprocess.run(
+        [sys.executable, *module], check=True, capture_output=True, text=True
+    )
     return float(result.stdout) / 2**20
 
 
