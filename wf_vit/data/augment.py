@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jaxtyping import Array, Float, Int, Num, UInt8
 from jaxtyping import Key as KeyArray
 
+from wf_vit.data.config import Augmentation
 from wf_vit.data.randaugment import randaugment
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Images, Key, Labels, RawImages
@@ -53,7 +53,7 @@ def augment_batch(
     labels: Labels,
     *,
     num_classes: int,
-    config: ml_collections.ConfigDict,
+    augmentation: Augmentation,
 ) -> tuple[Images, Float[Array, "B C"]]:
     """Flips, applies RandAugment, normalizes, erases and mixes.
 
@@ -62,7 +62,7 @@ def augment_batch(
       images: 0 to 255.
       labels: class indices.
       num_classes: C.
-      config: ``config.data.augment`` (see ``wf_vit.data.config``); static.
+      augmentation: what to do; static.
 
     Returns:
       Normalized float32 images, and for each the probability of every class.
@@ -70,31 +70,35 @@ def augment_batch(
     Raises:
       UsageError: a setting is out of range, or mixing has an odd batch.
     """
-    _check(config, len(labels))
-    images = jax.vmap(lambda key, image: _augment_one(key, image, config))(keys, images)
+    _check(augmentation, len(labels))
+    images = jax.vmap(lambda key, image: _augment_one(key, image, augmentation))(
+        keys, images
+    )
     targets = jax.nn.one_hot(labels, num_classes)
-    if config.mixup_probability + config.cutmix_probability == 0:
+    if augmentation.mixup_probability + augmentation.cutmix_probability == 0:
         return images, targets
-    weights = jax.vmap(lambda key: _own_weight(key, images.shape[1:3], config))(keys)
+    weights = jax.vmap(lambda key: _own_weight(key, images.shape[1:3], augmentation))(
+        keys
+    )
     share = jnp.mean(weights, axis=(1, 2))[:, None]
     return _mix(images, weights[..., None]), _mix(targets, share)
 
 
-def _check(config: ml_collections.ConfigDict, batch_size: int) -> None:
-    mixing = config.mixup_probability + config.cutmix_probability
+def _check(augmentation: Augmentation, batch_size: int) -> None:
+    mixing = augmentation.mixup_probability + augmentation.cutmix_probability
     probabilities = {
-        "flip_probability": config.flip_probability,
-        "erase_probability": config.erase_probability,
-        "mixup_probability": config.mixup_probability,
-        "cutmix_probability": config.cutmix_probability,
+        "flip_probability": augmentation.flip_probability,
+        "erase_probability": augmentation.erase_probability,
+        "mixup_probability": augmentation.mixup_probability,
+        "cutmix_probability": augmentation.cutmix_probability,
         "mixup_probability + cutmix_probability": mixing,
     }
     for name, value in probabilities.items():
         if not 0 <= value <= 1:
             raise UsageError(f"augment.{name} is {value}, expected 0 to 1.")
-    if not 0 <= config.randaugment_magnitude <= 10:
+    if not 0 <= augmentation.randaugment_magnitude <= 10:
         raise UsageError(
-            f"augment.randaugment_magnitude is {config.randaugment_magnitude}, "
+            f"augment.randaugment_magnitude is {augmentation.randaugment_magnitude}, "
             "expected 0 to 10."
         )
     if mixing and batch_size % 2:
@@ -105,25 +109,25 @@ def _check(config: ml_collections.ConfigDict, batch_size: int) -> None:
 
 
 def _augment_one(
-    key: Key, image: UInt8[Array, "height width 3"], config: ml_collections.ConfigDict
+    key: Key, image: UInt8[Array, "height width 3"], augmentation: Augmentation
 ) -> Float[Array, "height width 3"]:
     """Does everything that needs one image only."""
     flip_key, randaugment_key, erase_key = jax.random.split(key, 3)
     image = image.astype(jnp.float32)
-    if config.flip_probability:
-        flip = jax.random.bernoulli(flip_key, config.flip_probability)
+    if augmentation.flip_probability:
+        flip = jax.random.bernoulli(flip_key, augmentation.flip_probability)
         image = jnp.where(flip, image[:, ::-1], image)
-    if config.randaugment_layers:
+    if augmentation.randaugment_layers:
         image = randaugment(
             randaugment_key,
             image,
-            layers=config.randaugment_layers,
-            magnitude=config.randaugment_magnitude,
-            fill=255 * jnp.asarray(config.mean),
+            layers=augmentation.randaugment_layers,
+            magnitude=augmentation.randaugment_magnitude,
+            fill=255 * jnp.asarray(augmentation.mean),
         )
-    image = normalize(image, config.mean, config.std)
-    if config.erase_probability:
-        image = _erase(erase_key, image, config.erase_probability)
+    image = normalize(image, augmentation.mean, augmentation.std)
+    if augmentation.erase_probability:
+        image = _erase(erase_key, image, augmentation.erase_probability)
     return image
 
 
@@ -158,7 +162,7 @@ def _erase(
 
 
 def _own_weight(
-    key: Key, shape: tuple[int, ...], config: ml_collections.ConfigDict
+    key: Key, shape: tuple[int, ...], augmentation: Augmentation
 ) -> Float[Array, "height width"]:
     """Returns the weight that an image keeps at every pixel when it is mixed.
 
@@ -168,9 +172,9 @@ def _own_weight(
     # Not `_augment_one`'s draws: folding makes another family of keys than splitting.
     kind_key, share_key, centre_key = jax.random.split(jax.random.fold_in(key, 1), 3)
     kind = jax.random.uniform(kind_key)
-    is_mixup = kind < config.mixup_probability
-    is_mixed = kind < config.mixup_probability + config.cutmix_probability
-    alpha = jnp.where(is_mixup, config.mixup_alpha, config.cutmix_alpha)
+    is_mixup = kind < augmentation.mixup_probability
+    is_mixed = kind < augmentation.mixup_probability + augmentation.cutmix_probability
+    alpha = jnp.where(is_mixup, augmentation.mixup_alpha, augmentation.cutmix_alpha)
     share = jax.random.beta(share_key, alpha, alpha)
     sides = jnp.full(2, jnp.sqrt(1 - share))
     outside = 1 - _box(shape, jax.random.uniform(centre_key, (2,)), sides)

@@ -6,80 +6,72 @@ of the bytes and, for training, of a two-number seed.
 
 from collections.abc import Callable
 
-import ml_collections
 import tensorflow as tf
 
+from wf_vit.data.config import Size, View
 from wf_vit.errors import UsageError
-
-Size = tuple[int, int]
 
 _CROPS = ("resized", "pad", "none")
 
 
-def image_size(config: ml_collections.ConfigDict) -> Size:
-    """Returns the ``(height, width)`` of the images, in pixels."""
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def train_view(config: ml_collections.ConfigDict) -> Callable:
+def train_view(view: View) -> Callable:
     """Returns the function that makes a training image.
 
     Args:
-      config: ``config.data`` (see ``wf_vit.data.config``).
+      view: what is kept of an image.
 
     Returns:
       ``(data, seed) -> image``: encoded bytes and an int64 ``[2]`` seed in, uint8
       ``[height, width, 3]`` out.
 
     Raises:
-      UsageError: ``config.crop`` is unknown.
+      UsageError: ``view.crop`` is unknown.
     """
-    size = image_size(config)
-    if config.crop not in _CROPS:
+    size = view.image_size
+    if view.crop not in _CROPS:
         raise UsageError(
-            f"config.data.crop is {config.crop!r}, expected one of {_CROPS}."
+            f"config.data.crop is {view.crop!r}, expected one of {_CROPS}."
         )
 
     def resized(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         def window(shape: tf.Tensor) -> tf.Tensor:
-            return _random_window(shape, seed, size=size, min_area=config.min_area)
+            return _random_window(shape, seed, size=size, min_area=view.min_area)
 
-        return _resize(_decode(data, window), size, config.resize_method)
+        return _resize(_decode(data, window), size, view.resize_method)
 
     def central(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
         image = _decode(data, lambda shape: _central_window(shape, size=size))
-        return _resize(image, size, config.resize_method)
+        return _resize(image, size, view.resize_method)
 
     def padded(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        margins = [[config.pad] * 2, [config.pad] * 2, [0, 0]]
-        image = tf.pad(central(data, seed), margins, mode=config.pad_mode)
+        margins = [[view.pad] * 2, [view.pad] * 2, [0, 0]]
+        image = tf.pad(central(data, seed), margins, mode=view.pad_mode)
         return tf.image.stateless_random_crop(image, (*size, 3), seed)
 
-    return {"resized": resized, "pad": padded, "none": central}[config.crop]
+    return {"resized": resized, "pad": padded, "none": central}[view.crop]
 
 
-def eval_view(config: ml_collections.ConfigDict) -> Callable:
+def eval_view(view: View) -> Callable:
     """Returns the function that makes an evaluation image.
 
     Args:
-      config: ``config.data`` (see ``wf_vit.data.config``).
+      view: what is kept of an image.
 
     Returns:
       ``data -> image``: encoded bytes in, uint8 ``[height, width, 3]`` out. The
       image is the largest central window of the output's shape, both sides times
-      ``config.eval_resize``, resized.
+      ``view.eval_resize``, resized.
     """
-    size = image_size(config)
+    size = view.image_size
 
-    def view(data: tf.Tensor) -> tf.Tensor:
+    def image(data: tf.Tensor) -> tf.Tensor:
         def window(shape: tf.Tensor) -> tf.Tensor:
-            return _central_window(shape, size=size, share=config.eval_resize)
+            return _central_window(shape, size=size, share=view.eval_resize)
 
-        return _resize(_decode(data, window), size, config.resize_method)
+        return _resize(_decode(data, window), size, view.resize_method)
 
-    return view
+    return image
 
 
 def _decode(data: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:

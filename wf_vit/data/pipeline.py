@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ml_collections
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from wf_vit.data import decode
+from wf_vit.data.config import DataConfig, DataInfo
 from wf_vit.data.digits import prepared_builder
 from wf_vit.data.folder_source import open_folder
 from wf_vit.data.source import Record, Source
@@ -26,171 +26,164 @@ from wf_vit.errors import UsageError
 Batch = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataInfo:
-    """What the rest of the program needs to know of a data set.
-
-    Attributes:
-      class_names: C names, in the order of the labels.
-      num_examples: of 'train' and of every label of ``config.eval``.
-      image_size: ``(height, width)`` of the images, in pixels.
-    """
-
-    class_names: tuple[str, ...]
-    num_examples: dict[str, int]
-    image_size: tuple[int, int]
-
-    @property
-    def num_classes(self) -> int:
-        """C, the number of classes."""
-        return len(self.class_names)
-
-
-def describe(config: ml_collections.ConfigDict) -> DataInfo:
-    """Opens the data set and counts its examples.
-
-    Args:
-      config: ``config.data`` (see ``wf_vit.data.config``).
-
-    Raises:
-      UsageError: the data set is unknown or not prepared, or a split is wrong.
-    """
-    source = open_source(config)
-    splits = {**config.eval, "train": config.train}
-    return DataInfo(
-        class_names=source.class_names,
-        num_examples={label: source.count(split) for label, split in splits.items()},
-        image_size=decode.image_size(config),
-    )
-
-
-def open_source(config: ml_collections.ConfigDict) -> Source:
-    """Opens what ``config.name`` and ``config.data_dir`` say.
+def open_source(name: str, data_dir: str) -> Source:
+    """Opens what ``config.data.name`` and ``config.data.data_dir`` say.
 
     Raises:
       UsageError: see ``open_folder``, ``open_tfds`` and ``prepared_builder``.
     """
-    if config.name == "folder":
-        return open_folder(config.data_dir)
-    if config.name == "digits":
-        return builder_source(prepared_builder(config.data_dir))
-    return open_tfds(config.name, config.data_dir)
+    if name == "folder":
+        return open_folder(data_dir)
+    if name == "digits":
+        return builder_source(prepared_builder(data_dir))
+    return open_tfds(name, data_dir)
 
 
-def train_batches(
-    config: ml_collections.ConfigDict,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """Yields training batches for ever.
-
-    Every epoch uses each of this process's examples exactly once; a batch may
-    straddle two epochs, so none is dropped. Processes whose parts differ by one
-    example start their epochs at slightly different steps.
+def open_dataset(config: DataConfig) -> "Dataset":
+    """Opens a data set and counts its examples, once for all who read it.
 
     Args:
-      config: ``config.data`` (see ``wf_vit.data.config``).
-      batch_size: B, examples a batch on this process.
-      seed: of the order and the crops.
-      start_step: how many batches were already taken; reads what this epoch has
-        given so far again, but decodes none of it.
-      process_index: which part of the split to read.
-      process_count: how many parts there are.
-
-    Yields:
-      ``image`` uint8 ``[B, height, width, 3]`` and ``label`` int32 ``[B]``.
+      config: what to read and how.
 
     Raises:
-      UsageError: the data set or a split is wrong (at once), or an image cannot be
-        decoded (when its turn comes).
+      UsageError: the data set is unknown or not prepared, or a split or the crop is
+        wrong.
     """
-    source = open_source(config)
-    if source.count(config.train) < process_count:
-        raise UsageError(
-            f"The split {config.train!r} has fewer examples than the "
-            f"{process_count} processes that share it: use a larger one."
-        )
-    records = _shuffled_for_ever(
-        source,
-        _part(config.train, process_index, process_count),
-        seed=seed,
-        buffer=config.shuffle_buffer,
-        start=start_step * batch_size,
+    source = open_source(config.name, config.data_dir)
+    splits = {**config.eval, "train": config.train}
+    info = DataInfo(
+        class_names=source.class_names,
+        num_examples={label: source.count(split) for label, split in splits.items()},
+        image_size=config.view.image_size,
     )
-    view = decode.train_view(config)
-
-    def example(record: Record, epoch_seed: tf.Tensor) -> Record:
-        record = source.load(record)
-        seed = [tf.strings.to_hash_bucket_fast(record["id"], 2**63 - 1), epoch_seed]
-        return {
-            "image": view(record["image"], tf.stack(seed)),
-            "label": tf.cast(record["label"], tf.int32),
-        }
-
-    return _decoded(source, records, example, batch_size, drop_remainder=True)
+    return Dataset(config, info, source)
 
 
-def eval_batches(
-    config: ml_collections.ConfigDict,
-    split_label: str,
-    *,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """Yields every example of an evaluation split once, in full batches.
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set that is open, and how its images are seen.
 
-    All processes yield the same number of batches, padded with zeros.
-
-    Args:
-      config: ``config.data`` (see ``wf_vit.data.config``).
-      split_label: a key of ``config.eval``.
-      batch_size: B, examples a batch on this process.
-      process_index: which part of the split to read.
-      process_count: how many parts there are.
-
-    Yields:
-      ``image`` uint8 ``[B, height, width, 3]``, ``label`` int32 ``[B]`` and ``mask``
-      bool ``[B]``, false where an example is padding.
-
-    Raises:
-      UsageError: as ``train_batches``, or ``split_label`` is unknown.
+    Attributes:
+      config: what is read, and how.
+      info: what the rest of the program needs to know of it.
+      source: its records.
     """
-    if split_label not in config.eval:
-        raise UsageError(
-            f"config.data.eval has no split {split_label!r}, expected one of "
-            f"{sorted(config.eval)}."
+
+    config: DataConfig
+    info: DataInfo
+    source: Source
+
+    def train_batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[Batch]:
+        """Yields training batches for ever.
+
+        Every epoch uses each of this process's examples exactly once; a batch may
+        straddle two epochs, so none is dropped. Processes whose parts differ by one
+        example start their epochs at slightly different steps.
+
+        Args:
+          batch_size: B, examples a batch on this process.
+          seed: of the order and the crops.
+          start_step: how many batches were already taken; reads what this epoch has
+            given so far again, but decodes none of it.
+          process_index: which part of the split to read.
+          process_count: how many parts there are.
+
+        Yields:
+          ``image`` uint8 ``[B, height, width, 3]`` and ``label`` int32 ``[B]``.
+
+        Raises:
+          UsageError: the split is too small (at once), or an image cannot be decoded
+            (when its turn comes).
+        """
+        if self.info.num_examples["train"] < process_count:
+            raise UsageError(
+                f"The split {self.config.train!r} has fewer examples than the "
+                f"{process_count} processes that share it: use a larger one."
+            )
+        records = _shuffled_for_ever(
+            self.source,
+            _part(self.config.train, process_index, process_count),
+            seed=seed,
+            buffer=self.config.shuffle_buffer,
+            start=start_step * batch_size,
         )
-    split = config.eval[split_label]
-    source = open_source(config)
-    view = decode.eval_view(config)
+        image = decode.train_view(self.config.view)
 
-    def example(record: Record) -> Record:
-        record = source.load(record)
-        return {
-            "image": view(record["image"]),
-            "label": tf.cast(record["label"], tf.int32),
+        def example(record: Record, epoch_seed: tf.Tensor) -> Record:
+            record = self.source.load(record)
+            seed = [tf.strings.to_hash_bucket_fast(record["id"], 2**63 - 1), epoch_seed]
+            return {
+                "image": image(record["image"], tf.stack(seed)),
+                "label": tf.cast(record["label"], tf.int32),
+            }
+
+        return _decoded(self.source, records, example, batch_size, drop_remainder=True)
+
+    def eval_batches(
+        self,
+        label: str,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[Batch]:
+        """Yields every example of an evaluation split once, in full batches.
+
+        All processes yield the same number of batches, padded with zeros.
+
+        Args:
+          label: of the split, a key of ``config.data.eval``.
+          batch_size: B, examples a batch on this process.
+          process_index: which part of the split to read.
+          process_count: how many parts there are.
+
+        Yields:
+          ``image`` uint8 ``[B, height, width, 3]``, ``label`` int32 ``[B]`` and
+          ``mask`` bool ``[B]``, false where an example is padding.
+
+        Raises:
+          UsageError: there is no such label, or an image cannot be decoded.
+        """
+        if label not in self.config.eval:
+            raise UsageError(
+                f"config.data.eval has no split {label!r}, expected one of "
+                f"{sorted(self.config.eval)}."
+            )
+        split = self.config.eval[label]
+        image = decode.eval_view(self.config.view)
+
+        def example(record: Record) -> Record:
+            record = self.source.load(record)
+            return {
+                "image": image(record["image"]),
+                "label": tf.cast(record["label"], tf.int32),
+            }
+
+        # Parts are given out from the first process on: that of process 0 is largest.
+        largest = self.source.count(_part(split, 0, process_count))
+        batches: Iterator[Batch] = iter(())
+        if process_index < self.info.num_examples[label]:
+            part = _part(split, process_index, process_count)
+            records = self.source.read(part, None)
+            batches = _decoded(
+                self.source, records, example, batch_size, drop_remainder=False
+            )
+        empty = {
+            "image": np.zeros((0, *self.config.view.image_size, 3), np.uint8),
+            "label": np.zeros((0,), np.int32),
         }
-
-    # Parts are given out from the first process on, so that process 0's is largest.
-    largest = source.count(_part(split, 0, process_count))
-    batches: Iterator[Batch] = iter(())
-    if process_index < source.count(split):
-        records = source.read(_part(split, process_index, process_count), None)
-        batches = _decoded(source, records, example, batch_size, drop_remainder=False)
-    size = decode.image_size(config)
-    empty = {
-        "image": np.zeros((0, *size, 3), np.uint8),
-        "label": np.zeros((0,), np.int32),
-    }
-    return (
-        _padded(next(batches, empty), batch_size)
-        for _ in range(math.ceil(largest / batch_size))
-    )
+        return (
+            _padded(next(batches, empty), batch_size)
+            for _ in range(math.ceil(largest / batch_size))
+        )
 
 
 def _part(split: str, index: int, count: int) -> Any:

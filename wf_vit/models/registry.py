@@ -6,14 +6,17 @@ import json
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
+from jaxtyping import Array, Int
 from ml_collections import config_dict
 
 from wf_vit.errors import UsageError
 from wf_vit.models import controls
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
+from wf_vit.shapes import Params
 
 MODELS = {
     "vit": ViT,
@@ -40,40 +43,72 @@ VARIANTS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def default_config(name: str, variant: str) -> ml_collections.ConfigDict:
-    """Returns ``config.model``, every key of which can be overridden.
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, ``config.model``.
 
-    ``width``, ``depth``, ``mlp_dim`` and ``num_heads`` are the variant's unless they
-    are set. The keys of a model that are not architecture are documented in
-    ``ViT`` and in ``FieldConfig`` (``fields``, which models without fields ignore).
+    What the attributes do is documented in ``ViT`` and in ``FieldConfig``.
+
+    Attributes:
+      name: of ``MODELS``.
+      variant: size and patch, such as "S/16"; see ``VARIANTS``.
+      width: D; None is the variant's, here and in the three below.
+      depth: L.
+      mlp_dim: width of the hidden layer of each MLP.
+      num_heads: H.
+      pool: what the head reads.
+      cls_token: whether there is a CLS token.
+      num_registers: number of register tokens.
+      positions: "learned" or "sincos".
+      layer_scale: initial LayerScale, or None.
+      drop_path: rate of stochastic depth.
+      dtype: of the computation, of ``DTYPES``.
+      remat: whether the backward pass recomputes each block's activations.
+      fields: how the fields start, for the models that have them.
     """
-    config = ml_collections.ConfigDict()
-    config.name = name
-    config.variant = variant
-    for size in ("width", "depth", "mlp_dim", "num_heads"):
-        config[size] = config_dict.placeholder(int)
-    config.pool = "mean"
-    config.cls_token = False
-    config.num_registers = 0
-    config.positions = "sincos"
+
+    name: str = "vit"
+    variant: str = "S/16"
+    width: int | None = None
+    depth: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
+    pool: str = "mean"
+    cls_token: bool = False
+    num_registers: int = 0
+    positions: str = "sincos"
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    dtype: str = "bfloat16"
+    remat: bool = False
+    fields: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
+        """Returns what ``config.model`` says."""
+        return cls(**config.to_dict() | {"fields": _fields(config.fields.to_dict())})
+
+
+def default_config(name: str, variant: str) -> ml_collections.ConfigDict:
+    """Returns ``config.model``, every key of which can be overridden."""
+    defaults = dataclasses.asdict(ModelConfig(name=name, variant=variant))
+    config = ml_collections.ConfigDict(defaults)
+    for key in ("width", "depth", "mlp_dim", "num_heads"):
+        config[key] = config_dict.placeholder(int)
     config.layer_scale = config_dict.placeholder(float)
-    config.drop_path = 0.0
-    config.dtype = "bfloat16"
-    config.remat = False
-    config.fields = ml_collections.ConfigDict(dataclasses.asdict(FieldConfig()))
     return config
 
 
 def create_model(
-    config: ml_collections.ConfigDict,
+    config: ModelConfig,
     *,
     num_classes: int,
     image_size: int | tuple[int, int],
 ) -> ViT:
-    """Makes the model that ``config.model`` describes.
+    """Makes the model that a config describes.
 
     Args:
-      config: as ``default_config`` gives it, with any key overridden.
+      config: the model.
       num_classes: C.
       image_size: ``(height, width)`` in pixels, or one number for a square.
 
@@ -83,7 +118,7 @@ def create_model(
     Raises:
       UsageError: an unknown name or variant, or sizes that contradict one another.
     """
-    options: dict[str, Any] = config.to_dict()
+    options = dataclasses.asdict(config)
     variant = options.pop("variant")
     match = re.fullmatch(r"(\w+)/(\d+)", variant)
     if match is None:
@@ -107,20 +142,27 @@ def create_model(
     )
 
 
-def rebuild(model: ViT, config: ml_collections.ConfigDict) -> ViT:
+def init_params(model: ViT, seed: int | Int[Array, ""]) -> Params:
+    """Returns fresh parameters; they depend on nothing but the model and the seed."""
+    images = jnp.zeros((1, *model.image_size, 3))
+    key = jax.random.key(seed)
+    return jax.jit(lambda: model.init(key, images)["params"])()
+
+
+def rebuild(model: ViT, config: ModelConfig) -> ViT:
     """Returns a model of the same architecture, to be trained as ``config`` says.
 
     Args:
       model: a checkpoint's model, say.
-      config: ``config.model``, of which ``name``, ``fields``, ``drop_path``, ``dtype``
+      config: of which ``name``, ``fields``, ``drop_path``, ``dtype``
         and ``remat`` count: a ViT can become a window-free transformer, which has the
         same parameters and those of its fields.
     """
     options = to_json(model)
     options["name"] = config.name
-    options["fields"] = config.fields.to_dict()
+    options["fields"] = dataclasses.asdict(config.fields)
     for key in ("drop_path", "dtype", "remat"):
-        options[key] = config[key]
+        options[key] = getattr(config, key)
     return from_json(options)
 
 
@@ -144,12 +186,23 @@ def from_json(options: dict[str, Any]) -> ViT:
     model_class = _lookup("model name", options.pop("name"), MODELS)
     fields = options.pop("fields", {})
     if "fields" in model_class.__dataclass_fields__:
-        fields = fields | {"extents": tuple(fields["extents"])}
-        options["fields"] = FieldConfig(**fields)
+        options["fields"] = _fields(fields)
     options["dtype"] = _lookup("dtype", options["dtype"], DTYPES)
     for size in ("image_size", "patch_size"):
         options[size] = tuple(options[size])
     return model_class(**options).validate()
+
+
+def _fields(options: dict[str, Any]) -> FieldConfig:
+    """Returns the fields that a dict describes; it may come from an older file."""
+    known = {field.name for field in dataclasses.fields(FieldConfig)}
+    if options.keys() != known:
+        raise UsageError(
+            f"The fields of the model have the settings {', '.join(sorted(options))}, "
+            f"expected {', '.join(sorted(known))}: correct the config. A run that an "
+            "earlier version made is opened by that version."
+        )
+    return FieldConfig(**options | {"extents": tuple(options["extents"])})
 
 
 def _key_of(value: Any, known: dict[str, Any]) -> str:

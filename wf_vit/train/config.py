@@ -1,10 +1,35 @@
-"""The settings of a training run, with their defaults."""
+"""The settings of a training run, their defaults, and what they are resolved to."""
 
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import ml_collections
+import optax
+from flax import traverse_util
 from ml_collections import config_dict
 
-from wf_vit.data.config import default_config as default_data
-from wf_vit.models import registry
+from wf_vit.data import config as data_config
+from wf_vit.data.config import DataConfig, DataInfo
+from wf_vit.errors import UsageError
+from wf_vit.models import pretrained, registry
+from wf_vit.models.attention import FIELD
+from wf_vit.models.registry import ModelConfig
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Params
+from wf_vit.train.guidance import Guidance
+from wf_vit.train.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from wf_vit.train.state import TrainState, init_state
+from wf_vit.train.steps import Objective
+from wf_vit.train.teacher import load_teacher
+
+_LOG = logging.getLogger(__name__)
 
 UNITS = ("steps", "epochs", "percent")
 
@@ -15,12 +40,12 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     A duration ``name`` has three keys, ``name_steps``, ``name_epochs`` and
     ``name_percent`` (of the whole run). The finest that is set counts, so that an
     override of ``warmup_steps`` wins over a config's ``warmup_epochs``. They are
-    resolved when the run starts (``wf_vit.train.optimizer.durations``).
+    resolved when the run starts (``durations``).
     """
     config = ml_collections.ConfigDict()
     config.task = "train"  # or "evaluate"
     config.seed = 0
-    config.data = default_data()
+    config.data = data_config.default_config()
     config.model = registry.default_config(model, variant)
 
     # A checkpoint to start from: whatever wf_vit.models.pretrained.load opens. The
@@ -34,19 +59,8 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     config.eval_batch_size = 1024
     set_duration(config, "total", epochs=90)
 
-    config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer = ml_collections.ConfigDict(dataclasses.asdict(OptimizerConfig()))
     set_duration(config, "warmup", percent=5)
-    # Decoupled (AdamW): a step subtracts learning rate * decay * kernel. Kernels only.
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
-    # The rate of block l of L is multiplied by layer_decay ** (L - l), that of the
-    # embedding by layer_decay ** (L + 1); that of the head is the full one.
-    config.optimizer.layer_decay = 1.0
-    # The rate of the fields, of all layers, is that of the head times this.
-    config.optimizer.fields_rate = 1.0
     # Micro-batches per step, to fit a batch into memory. Same gradient, less memory.
     config.accumulate_steps = 1
     config.label_smoothing = 0.0
@@ -73,8 +87,8 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     # Whatever wf_vit.models.pretrained.load opens. '': the indicator needs none, or,
     # to match fields, the area term acts alone.
     config.guidance.teacher = ""
-    # 'mean', 'max', 'std', 'odds', 'knockout' or 'propagated'; without a teacher, as
-    # controls, 'distance' or 'random'.
+    # One of wf_vit.measure.INDICATORS; without a teacher, as controls, 'distance' or
+    # 'random'.
     config.guidance.indicator = "mean"
     config.guidance.num_probes = 4  # of the propagated indicator
     # Side in pixels at which the teacher sees the images; unset: its own.
@@ -108,3 +122,253 @@ def set_duration(
         config[f"{name}_{unit}"] = config_dict.placeholder(kind)
         if value is not None:
             config[f"{name}_{unit}"] = kind(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Durations:
+    """The durations of a run, in steps."""
+
+    total: int
+    warmup: int
+    guidance: int
+    log: int
+    eval: int
+    checkpoint: int
+    steps_per_epoch: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A config made concrete: what the rooms of training take in its place.
+
+    Attributes:
+      model: the module.
+      params: its parameters before the first step.
+      durations: in steps.
+      learning_rate: of the head, by the number of updates done.
+      optimizer: AdamW.
+      objective: what a step works towards.
+      teacher_params: of the teacher, or None.
+      info: of the data.
+    """
+
+    model: ViT
+    params: Params
+    durations: Durations
+    learning_rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+    objective: Objective
+    teacher_params: Params | None
+    info: DataInfo
+
+    def start(self) -> TrainState:
+        """Returns the state before the first step."""
+        ema = self.objective.ema_decay > 0
+        return init_state(self.params, self.optimizer, ema=ema)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What rebuilds the model and its input, for the checkpoint."""
+        augmentation = self.objective.augmentation
+        return {
+            "model": registry.to_json(self.model),
+            "class_names": list(self.info.class_names),
+            "mean": list(augmentation.mean),
+            "std": list(augmentation.std),
+        }
+
+
+def resolve(config: ml_collections.ConfigDict, info: DataInfo) -> Training:
+    """Resolves a config, overrides included, checking its parts together.
+
+    Args:
+      config: the experiment's.
+      info: of the data that it is trained on.
+
+    Raises:
+      UsageError: what is wrong, and what to do.
+    """
+    steps = durations(config, info.num_examples["train"])
+    model, params = _model_and_params(
+        ModelConfig.of(config.model),
+        init_from=config.init_from,
+        seed=config.seed,
+        num_classes=info.num_classes,
+        image_size=info.image_size,
+    )
+    guidance, teacher_params = _guidance(
+        config.guidance, student=model, duration=steps.guidance
+    )
+    options = OptimizerConfig(**config.optimizer.to_dict())
+    learning_rate = learning_rate_schedule(
+        options.learning_rate, warmup_steps=steps.warmup, total_steps=steps.total
+    )
+    return Training(
+        model=model,
+        params=params,
+        durations=steps,
+        learning_rate=learning_rate,
+        optimizer=make_optimizer(
+            options,
+            learning_rate,
+            depth=model.depth,
+            wide_fields=0 in config.model.fields.extents,
+        ),
+        objective=Objective(
+            seed=config.seed,
+            augmentation=DataConfig.of(config.data).augment,
+            label_smoothing=config.label_smoothing,
+            accumulate_steps=config.accumulate_steps,
+            ema_decay=config.ema_decay,
+            guidance=guidance,
+        ),
+        teacher_params=teacher_params,
+        info=info,
+    )
+
+
+def _model_and_params(
+    config: ModelConfig,
+    *,
+    init_from: str,
+    seed: int,
+    num_classes: int,
+    image_size: tuple[int, int],
+) -> tuple[ViT, Params]:
+    """Returns the model and its parameters before the first step.
+
+    Args:
+      config: the model, and how to train it.
+      init_from: a checkpoint, whose architecture the model then has, at the data's
+        image size and classes; ``config`` says how to train it (``registry.rebuild``).
+        Parameters that it lacks start afresh, and the log names them. "": a fresh
+        model.
+      seed: of fresh parameters.
+      num_classes: C.
+      image_size: ``(height, width)`` in pixels.
+
+    Raises:
+      UsageError: the config contradicts itself, or the checkpoint cannot be opened.
+    """
+    if not init_from:
+        model = registry.create_model(
+            config, num_classes=num_classes, image_size=image_size
+        )
+        return model, registry.init_params(model, seed)
+    loaded = pretrained.load(init_from, image_size=image_size, num_classes=num_classes)
+    model = registry.rebuild(loaded.model, config)
+    _LOG.info("From %s: %s", init_from, registry.to_json(model))
+    return model, adopt_fields(
+        registry.init_params(model, seed), loaded.params, source=init_from
+    )
+
+
+def adopt_fields(new: Params, loaded: Params, *, source: str) -> Params:
+    """Returns ``loaded``, with the fields of ``new`` if it has none.
+
+    Fields are what a checkpoint may lack: they turn a ViT into a window-free
+    transformer. (A head for other classes is the importer's to make.)
+
+    Raises:
+      UsageError: other parameters differ; they are named.
+    """
+    ours = traverse_util.flatten_dict(new, sep="/")
+    theirs = traverse_util.flatten_dict(loaded, sep="/")
+    fresh = [n for n in ours if n not in theirs and FIELD in n.split("/")]
+    wrong = [n for n in ours if n not in theirs and n not in fresh]
+    wrong += [n for n in theirs if n not in ours]
+    if wrong:
+        raise UsageError(
+            f"{source} and config.model.name differ in the parameters "
+            f"{', '.join(wrong)}: name the checkpoint's model."
+        )
+    if fresh:
+        _LOG.info("Not in %s, so started afresh: %s", source, ", ".join(fresh))
+    taken = jax.tree.map(jnp.asarray, theirs)
+    return traverse_util.unflatten_dict({**ours, **taken}, sep="/")
+
+
+def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
+    """Resolves every duration of a config into steps.
+
+    Args:
+      config: the experiment's.
+      num_train: number of training examples, over all processes.
+
+    Raises:
+      UsageError: a duration is set in no unit, is not positive, or the warm-up is
+        longer than the run.
+    """
+    steps_per_epoch = num_train / config.batch_size
+
+    def resolved(name: str, total: int | None = None) -> int:
+        units = UNITS if total is not None else UNITS[:2]
+        for unit in units:
+            value = config[f"{name}_{unit}"]
+            if value is not None:
+                scale = {"steps": 1, "epochs": steps_per_epoch}.get(unit)
+                scale = total / 100 if scale is None else scale
+                if value < 0 or (value == 0 and name != "warmup"):
+                    raise UsageError(
+                        f"{name}_{unit} is {value}: expected a positive number."
+                    )
+                return (
+                    round(value * scale)
+                    if name == "warmup"
+                    else max(round(value * scale), 1)
+                )
+        keys = ", ".join(f"{name}_{unit}" for unit in units)
+        raise UsageError(f"The duration {name!r} is not set: set one of {keys}.")
+
+    total = resolved("total")
+    warmup = resolved("warmup", total)
+    if warmup > total:
+        raise UsageError(
+            f"The warm-up takes {warmup} steps of a run of {total}: shorten it "
+            "(warmup_steps, warmup_epochs or warmup_percent)."
+        )
+    return Durations(
+        total=total,
+        warmup=warmup,
+        guidance=resolved("guidance", total),
+        log=resolved("log", total),
+        eval=resolved("eval", total),
+        checkpoint=resolved("checkpoint", total),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _guidance(
+    config: ml_collections.ConfigDict, *, student: ViT, duration: int
+) -> tuple[Guidance | None, Params | None]:
+    """Returns what guides the student, and the parameters of the teacher."""
+    if not config.weight:
+        if config.teacher:
+            raise UsageError(
+                f"config.guidance.teacher is {config.teacher!r}, but its weight is "
+                "0: set config.guidance.weight (1 is a start), or no teacher."
+            )
+        return None, None
+    name = registry.to_json(student)["name"]
+    if config.match == "fields" and name not in registry.FIELD_MODELS:
+        raise UsageError(
+            f"config.guidance.weight is {config.weight}, but {name!r} "
+            f"has no fields to guide: use {' or '.join(registry.FIELD_MODELS)}, or set "
+            "config.guidance.match='attention', or the weight to 0."
+        )
+    teacher, params = None, None
+    if config.teacher:
+        teacher, params = load_teacher(
+            config.teacher, image_size=config.image_size, dtype=config.dtype
+        )
+    guidance = Guidance(
+        weight=config.weight,
+        area_weight=config.area_weight,
+        duration=duration,
+        indicator=config.indicator,
+        num_probes=config.num_probes,
+        teacher=teacher,
+        match=config.match,
+        per_head=config.per_head,
+    )
+    return guidance, params

@@ -31,41 +31,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import rel_entr
 from jaxtyping import Array, Float, Int
 from jaxtyping import Key as KeyArray
 
 from wf_vit import grid as geometry
-from wf_vit import indicators
+from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
-from wf_vit import measure
-from wf_vit.models.windowfree import LearnedFields
 from wf_vit.models.vit import ViT
-from wf_vit.shapes import Images, Interactions, Params
+from wf_vit.models.windowfree import LearnedFields
+from wf_vit.shapes import Images, Params
+from wf_vit.train.teacher import Teacher, distributions, taught_rows
 
-ATTENTION = ("mean", "max", "std", "odds")
-TAUGHT = (*ATTENTION, "knockout", "propagated")
-# Targets that need no teacher: the controls of those that do.
-UNTAUGHT = ("random", "distance")
 MATCHES = ("fields", "attention")
 # Attention below this counts as this: what a hard field drops is exactly 0.
 _LEAST = 1e-9
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """The model whose indicator is the target; its parameters travel separately.
-
-    Attributes:
-      model: the module.
-      mean: of each channel of its images in [0, 1].
-      std: of each channel.
-    """
-
-    model: ViT
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +56,9 @@ class Guidance:
       weight: of the loss at the first step; it falls linearly, to 0 at ``duration``.
       area_weight: of the area term within the loss.
       duration: in steps.
-      indicator: one of ``TAUGHT`` or ``UNTAUGHT``.
+      indicator: a name of ``measure.INDICATORS``.
       num_probes: of the propagated indicator.
-      teacher: None for untaught indicators, or for the area term alone.
+      teacher: None for the controls, or for the area term alone.
       match: what of the student is to match the target, one of ``MATCHES``.
       per_head: whether each head of the student is taught by the teacher's of the same
         index, or the mean over heads by the indicator fused over them.
@@ -99,12 +79,12 @@ class Guidance:
                 f"guidance.weight is {self.weight} and guidance.area_weight "
                 f"{self.area_weight}: expected none below 0."
             )
-        if self.indicator not in TAUGHT + UNTAUGHT:
+        if self.indicator not in measure.INDICATORS:
             raise UsageError(
                 f"guidance.indicator is {self.indicator!r}: choose one of "
-                f"{', '.join(TAUGHT + UNTAUGHT)}."
+                f"{', '.join(measure.INDICATORS)}."
             )
-        if self.teacher is not None and self.untaught:
+        if self.teacher is not None and self.is_control:
             raise UsageError(
                 f"guidance.indicator={self.indicator!r} needs no teacher: set "
                 "guidance.teacher='', or another indicator."
@@ -113,18 +93,18 @@ class Guidance:
             raise UsageError(
                 f"guidance.match is {self.match!r}: choose one of {', '.join(MATCHES)}."
             )
-        if self.match == "attention" and not (self.teacher or self.untaught):
+        if self.match == "attention" and not (self.teacher or self.is_control):
             raise UsageError(
                 f"guidance.match='attention' and indicator={self.indicator!r} need a "
                 "teacher, since attention has no area: set guidance.teacher, "
                 "match='fields', or one of the indicators "
-                f"{', '.join(UNTAUGHT)}."
+                f"{', '.join(measure.CONTROLS)}."
             )
 
     @property
-    def untaught(self) -> bool:
-        """Returns whether the target needs no teacher."""
-        return self.indicator in UNTAUGHT
+    def is_control(self) -> bool:
+        """Whether the target looks at no image, and needs no teacher."""
+        return self.indicator in measure.CONTROLS
 
     def weight_at(self, step: Array) -> Float[Array, ""]:
         """Returns the weight of the loss before update ``step``, counted from 0."""
@@ -274,11 +254,6 @@ def target(
 ) -> Float[Array, "L B *H P P"] | None:
     """Returns what each layer of the student, or each of its heads, should attend to.
 
-    A teacher sees the student's own augmented images, resized to its size. If it is
-    deeper or shallower, the student's first layer is taught by its first, the last by
-    its last, and those between by the nearest in relative depth; if its grid is
-    another, its indicator is resampled (``resample``).
-
     Args:
       guidance: what guides.
       params: of the teacher.
@@ -289,132 +264,32 @@ def target(
       std: likewise.
 
     Returns:
-      Rows that sum to 1, without a gradient; None: the area term acts alone.
+      Rows that sum to 1, without a gradient (``teacher.taught_rows``); None: the area
+      term acts alone.
 
     Raises:
       UsageError: heads are to be taught one by one, by a teacher of another number.
     """
-    teacher = guidance.teacher
     heads = (student.num_heads,) if guidance.per_head else ()
     patches = student.grid[0] * student.grid[1]
     shape = (student.depth, len(images), *heads, patches, patches)
     if guidance.indicator == "distance":
-        near = _normalized(1 / (1 + jnp.asarray(geometry.distances(student.grid))))
+        near = distributions(1 / (1 + jnp.asarray(geometry.distances(student.grid))))
         return jnp.broadcast_to(near, shape)
     if guidance.indicator == "random":
         draw = jax.vmap(lambda key: jax.random.uniform(key, (shape[0], *shape[2:])))
-        return _normalized(draw(keys).swapaxes(0, 1))
-    if teacher is None:
+        return distributions(draw(keys).swapaxes(0, 1))
+    if guidance.teacher is None:
         return None
-    if guidance.per_head and teacher.model.num_heads != student.num_heads:
-        raise UsageError(
-            f"guidance.per_head=True, but the teacher has {teacher.model.num_heads} "
-            f"heads and the student {student.num_heads}: set model.num_heads to the "
-            "teacher's, or per_head=False."
-        )
-    images = renormalized(images, student.image_size, mean, std, teacher)
-    depths = np.linspace(0, teacher.model.depth - 1, student.depth)
-    matched = tuple(int(layer) for layer in np.floor(depths + 0.5))
-    layers = tuple(sorted(set(matched)))
-    impact = _impact(guidance, params, images, keys[0], layers)
-    impact = resample(_normalized(impact), teacher.model.grid, student.grid)
-    return jax.lax.stop_gradient(impact[np.array([*map(layers.index, matched)])])
-
-
-def renormalized(
-    images: Images,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    teacher: Teacher,
-) -> Float[Array, "B rows columns 3"]:
-    """Returns normalised images as the teacher expects them: its size, mean and std."""
-    channels = (1, 1, 1, 3)
-    scale = np.divide(std, teacher.std).reshape(channels)
-    shift = (np.subtract(mean, teacher.mean) / teacher.std).reshape(channels)
-    images = images * scale.astype(np.float32) + shift.astype(np.float32)
-    if teacher.model.image_size == tuple(size):
-        return images
-    shape = (len(images), *teacher.model.image_size, 3)
-    return jax.image.resize(images, shape, "bilinear")
-
-
-def resample(
-    impact: Float[Array, "*batch old old"],
-    source: geometry.Grid,
-    target: geometry.Grid,
-) -> Float[Array, "*batch new new"]:
-    """Returns an indicator on another grid over the same image.
-
-    A patch of the target listens as the patches of the source do that it overlaps,
-    weighted by the overlap; what a patch of the source is listened to is spread evenly
-    over its area. So rows that sum to 1 still do, and equal grids change nothing.
-
-    Args:
-      impact: on the source grid, ``[..., P, P]``.
-      source: ``(GH, GW)`` of the indicator.
-      target: ``(GH, GW)`` of the result.
-    """
-    if source == target:
-        return impact
-    axes = [_overlaps(*sizes) for sizes in zip(source, target, strict=True)]
-    queries = np.kron(*(o / o.sum(1, keepdims=True) for o in axes))
-    keys = np.kron(*(o / o.sum(0, keepdims=True) for o in axes))
-    return jnp.einsum("ti,...ij,uj->...tu", queries, impact, keys)
-
-
-def _overlaps(source: int, target: int) -> Float[np.ndarray, "target source"]:
-    """Returns how long the cells of two even partitions of [0, 1] overlap."""
-    edges = [np.arange(n + 1) / n for n in (target, source)]
-    right = np.minimum(edges[0][1:, None], edges[1][None, 1:])
-    left = np.maximum(edges[0][:-1, None], edges[1][None, :-1])
-    return np.maximum(right - left, 0).astype(np.float32)
-
-
-def _impact(
-    guidance: Guidance,
-    params: Params,
-    images: Images,
-    key: Array,
-    layers: tuple[int, ...],
-) -> Float[Array, "L B *H P P"]:
-    """Returns the teacher's indicator of a batch."""
-    model = guidance.teacher.model
-    options = {"layers": layers, "batch_size": len(images)}
-    per_head = guidance.per_head
-    if guidance.indicator == "propagated":
-        (knockout,) = measure.propagate(
-            model,
-            params,
-            images,
-            target="tokens",
-            key=key,
-            num_probes=guidance.num_probes,
-            per_head=per_head,
-            **options,
-        )
-        return knockout.impact
-    (recorded,) = measure.record(model, params, images, **options)
-    prefix = model.num_prefix_tokens
-    if guidance.indicator == "knockout":
-        projection = parameters.output_projection(model, params, layers)
-        return indicators.knockout_impact(
-            recorded.attention,
-            recorded.values,
-            *projection,
-            num_prefix_tokens=prefix,
-            per_head=per_head,
-        )
-    return indicators.interaction_indicator(
-        recorded.attention,
-        method=guidance.indicator,
-        num_prefix_tokens=prefix,
-        per_head=per_head,
+    return taught_rows(
+        guidance.teacher,
+        params,
+        images,
+        guidance.indicator,
+        student=student,
+        mean=mean,
+        std=std,
+        per_head=guidance.per_head,
+        num_probes=guidance.num_probes,
+        key=keys[0],
     )
-
-
-def _normalized(impact: Interactions) -> Interactions:
-    """Returns rows that sum to 1; a row of zeros becomes even."""
-    total = impact.sum(-1, keepdims=True)
-    even = jnp.ones((), impact.dtype) / impact.shape[-1]
-    return jnp.where(total > 0, impact / jnp.where(total > 0, total, 1), even)

@@ -17,16 +17,16 @@ import ml_collections
 import numpy as np
 from clu import periodic_actions
 
-from wf_vit.data import pipeline
+from wf_vit.data.config import DataConfig
+from wf_vit.data.pipeline import Dataset, open_dataset
 from wf_vit.errors import UsageError
-from wf_vit.models import registry
-from wf_vit.models.vit import ViT
-from wf_vit.shapes import Params
-from wf_vit.workdir import prepare_workdir
-from wf_vit.train import initial, parallel, report, schedule, steps, teacher
+from wf_vit.shapes import Params, RawImages
+from wf_vit.train import parallel, steps
 from wf_vit.train.checkpoint import Checkpoints
-from wf_vit.train.reporter import Reporter
-from wf_vit.train.state import TrainState, init_state
+from wf_vit.train.config import Training, resolve
+from wf_vit.train.reporter import Reporter, save_config, save_figures
+from wf_vit.train.state import TrainState
+from wf_vit.workdir import prepare_workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,32 +37,6 @@ _STEPS_AHEAD = 2
 
 class NonFiniteLossError(RuntimeError):
     """The loss, the gradient or the update became infinite or NaN."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A config made concrete: all that a task needs, nothing that changes.
-
-    ``params`` are those before the first step.
-    """
-
-    config: ml_collections.ConfigDict
-    info: pipeline.DataInfo
-    model: ViT
-    params: Params
-    durations: schedule.Durations
-    evaluate: Callable[[Params, steps.Batch], steps.Metrics]
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What rebuilds the model and its input, for the checkpoint."""
-        augment = self.config.data.augment
-        return {
-            "model": registry.to_json(self.model),
-            "class_names": list(self.info.class_names),
-            "mean": list(augment.mean),
-            "std": list(augment.std),
-        }
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
@@ -81,45 +55,49 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
       NonFiniteLossError: training diverged; the last good checkpoint is intact.
     """
     prepare_workdir(workdir)
-    experiment = build(config)
-    durations = experiment.durations
-    optimizer = schedule.make_optimizer(config, durations)
-    guidance, teacher_params = teacher.guidance_and_teacher(
-        config, duration=durations.guidance
-    )
-    state = init_state(experiment.params, optimizer, ema=config.ema_decay > 0)
+    run = _open(config)
+    training = run.training
     update = parallel.map_update(
         functools.partial(
             steps.train_step,
-            model=experiment.model,
-            optimizer=optimizer,
-            recipe=steps.make_recipe(config, guidance),
+            model=training.model,
+            optimizer=training.optimizer,
+            objective=training.objective,
             axis=parallel.AXIS,
         ),
-        teacher_params,
+        training.teacher_params,
     )
+    state = training.start()
     with Checkpoints(workdir) as checkpoints:
         if checkpoints.last_step is not None:
             state = checkpoints.restore(state)
             _LOG.info("Resuming after step %d.", checkpoints.last_step)
-        report.save_config(config, workdir)
+        save_config(config, workdir)
         reporter = Reporter(
             workdir,
             step=int(state.step),
-            total=durations.total,
-            batch_size=config.batch_size,
+            total=training.durations.total,
+            batch_size=run.batch_size,
             active=jax.process_index() == 0,
         )
         with reporter:
-            state, metrics = _run(
-                experiment,
+            state, metrics = _train(
+                run,
                 parallel.to_host(state),
                 update,
                 checkpoints,
                 reporter,
-                workdir,
+                _profiler(workdir) if config.profile else None,
             )
-    report.save_figures(experiment.config, workdir, experiment.model, state.eval_params)
+    augmentation = training.objective.augmentation
+    save_figures(
+        workdir,
+        training.model,
+        state.eval_params,
+        run.examples(),
+        mean=augmentation.mean,
+        std=augmentation.std,
+    )
     return metrics
 
 
@@ -132,22 +110,78 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     Raises:
       UsageError: the config cannot work, or there is no checkpoint.
     """
-    experiment = build(config)
-    optimizer = schedule.make_optimizer(config, experiment.durations)
-    template = init_state(experiment.params, optimizer, ema=config.ema_decay > 0)
+    run = _open(config)
     with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(template, which=config.evaluate_checkpoint)
-    metrics = evaluate_splits(experiment, parallel.spread(state.eval_params))
+        state = checkpoints.restore(
+            run.training.start(), which=config.evaluate_checkpoint
+        )
+    metrics = run.evaluate(parallel.spread(state.eval_params))
     print(json.dumps({"step": int(state.step), **metrics}))
     return metrics
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
-    """Resolves a config into data, model and durations, checking them together.
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The data and the training of one config, both open."""
 
-    Raises:
-      UsageError: what is wrong, and what to do.
-    """
+    data: Dataset
+    training: Training
+    batch_size: int
+    eval_batch_size: int
+
+    def train_batches(self, start_step: int) -> Iterator[steps.Batch]:
+        """Yields this process's sharded batches, from any step of the run on."""
+        batches = self.data.train_batches(
+            batch_size=self.batch_size // jax.process_count(),
+            seed=self.training.objective.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return map(parallel.shard, batches)
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once."""
+        metrics = {}
+        for split in self.data.config.eval:
+            batches = self.data.eval_batches(
+                split,
+                batch_size=self.eval_batch_size // jax.process_count(),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            # The device adds up in float32 within a batch, the host in float64.
+            totals = collections.Counter()
+            for batch in batches:
+                sums = self._eval_step(params, parallel.shard(batch))
+                totals.update({k: float(v) for k, v in sums.items()})
+            for name in ("top1", "loss"):
+                metrics[f"{split}/{name}"] = totals[name] / totals["count"]
+        return metrics
+
+    @functools.cached_property
+    def _eval_step(self) -> Callable[[Params, steps.Batch], steps.Metrics]:
+        augmentation = self.training.objective.augmentation
+        return parallel.map_reduce(
+            functools.partial(
+                steps.eval_step,
+                model=self.training.model,
+                mean=augmentation.mean,
+                std=augmentation.std,
+                axis=parallel.AXIS,
+            )
+        )
+
+    def examples(self) -> RawImages:
+        """Returns a few images of the first evaluation split, to be drawn."""
+        batch = next(
+            self.data.eval_batches(next(iter(self.data.config.eval)), batch_size=6)
+        )
+        return batch["image"][batch["mask"]]
+
+
+def _open(config: ml_collections.ConfigDict) -> _Run:
+    """Opens the data and resolves the config, checking them together."""
     local = parallel.local_batch_size(config.batch_size, what="config.batch_size")
     parallel.local_batch_size(config.eval_batch_size, what="config.eval_batch_size")
     per_device = local // jax.local_device_count()
@@ -156,109 +190,60 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
             f"config.accumulate_steps is {config.accumulate_steps}, but each device "
             f"has {per_device} examples a step: choose a divisor of that."
         )
-    info = pipeline.describe(config.data)
-    durations = schedule.durations(config, info.num_examples["train"])
-    model, params = initial.model_and_params(config, info)
-    step = functools.partial(
-        steps.eval_step,
-        model=model,
-        augmentation=ml_collections.FrozenConfigDict(config.data.augment),
-        axis=parallel.AXIS,
-    )
-    return Experiment(
-        config=config,
-        info=info,
-        model=model,
-        params=params,
-        durations=durations,
-        evaluate=parallel.map_reduce(step),
+    data = open_dataset(DataConfig.of(config.data))
+    return _Run(
+        data=data,
+        training=resolve(config, data.info),
+        batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
     )
 
 
-def train_batches(
-    config: ml_collections.ConfigDict, start_step: int
-) -> Iterator[steps.Batch]:
-    """Yields this process's sharded batches, from any step of the run on."""
-    batches = pipeline.train_batches(
-        config.data,
-        batch_size=config.batch_size // jax.process_count(),
-        seed=config.seed,
-        start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return map(parallel.shard, batches)
-
-
-def evaluate_splits(experiment: Experiment, params: Params) -> dict[str, float]:
-    """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once."""
-    config = experiment.config
-    metrics = {}
-    for split in config.data.eval:
-        batches = pipeline.eval_batches(
-            config.data,
-            split,
-            batch_size=config.eval_batch_size // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        # The device adds up in float32 within a batch, the host in float64 over all.
-        totals = collections.Counter()
-        for batch in batches:
-            sums = experiment.evaluate(params, parallel.shard(batch))
-            totals.update({k: float(v) for k, v in sums.items()})
-        for name in ("top1", "loss"):
-            metrics[f"{split}/{name}"] = totals[name] / totals["count"]
-    return metrics
-
-
-def _run(
-    experiment: Experiment,
+def _train(
+    run: _Run,
     state: TrainState,
     update: Callable,
     checkpoints: Checkpoints,
     reporter: Reporter,
-    workdir: Path,
+    profile: Callable[[int], Any] | None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs all remaining steps; returns the final state and its evaluation."""
-    config, durations = experiment.config, experiment.durations
-    rate = schedule.learning_rate(config, durations)
+    durations = run.training.durations
     first = int(state.step)
-    best_split = next(iter(config.data.eval))
-    window = _Window(config.batch_size)
+    best_split = next(iter(run.data.config.eval))
+    window = _Window(run.batch_size)
     evaluation: dict[str, float] = {}
-    profile = _profiler(config, workdir)
     if first >= durations.total:
         _LOG.info("All %d steps are done already.", durations.total)
-        return state, evaluate_splits(experiment, state.eval_params)
-    batches = train_batches(config, first)
+        return state, run.evaluate(state.eval_params)
+    batches = run.train_batches(first)
     for step in range(first + 1, durations.total + 1):
         state, metrics = update(state, next(batches))
         window.add(step, metrics)
-        profile(step)
+        if profile is not None:
+            profile(step)
         reporter.advance(step)
         last = step == durations.total
         evaluates = last or step % durations.eval == 0
         saves = evaluates or step % durations.checkpoint == 0
         if last or step % durations.log == 0:
             scalars = window.close()
-            scalars["train/learning_rate"] = float(rate(step - 1))
+            rate = run.training.learning_rate(step - 1)
+            scalars["train/learning_rate"] = float(rate)
             scalars["train/epoch"] = step / durations.steps_per_epoch
             reporter.write(step, scalars)
         if saves:
             with window.pause():
                 if evaluates:
-                    evaluation = evaluate_splits(experiment, state.eval_params)
+                    evaluation = run.evaluate(state.eval_params)
                     reporter.write(step, evaluation)
                 top1 = evaluation[f"{best_split}/top1"] if evaluates else None
-                checkpoints.save(state, experiment.meta, top1)
+                checkpoints.save(state, run.training.meta, top1)
     return state, evaluation
 
 
-def _profiler(config: ml_collections.ConfigDict, workdir: Path) -> Callable[[int], Any]:
-    """Returns what to call after each step."""
-    if not config.profile:
-        return lambda step: None
+def _profiler(workdir: Path) -> Callable[[int], Any]:
+    """Returns what to call after each step, to trace some of them."""
     return periodic_actions.Profile(
         logdir=str(workdir),
         num_profile_steps=5,

@@ -1,197 +1,152 @@
-"""Durations in steps, the learning rate over them, and the optimizer."""
+"""The learning rate over the steps, and AdamW for groups of parameters."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import jax
-import ml_collections
 import optax
 from jaxtyping import PyTree
 
 from wf_vit.errors import UsageError
 from wf_vit.models.attention import FIELD
 from wf_vit.shapes import Params
-from wf_vit.train.config import UNITS
 
 _BLOCK = "blocks_"
 # Top-level parameters of a model that come before its blocks.
 _EMBEDDING = ("patches", "prefix", "position_table")
-# The gradient of a field that covers the grid is some 1e-5 of that of a narrow one,
-# and clipping divides it by the norm of all others.
-_WIDE_FIELDS_GAIN = 1e6
+_EPSILON = 1e-8
+# The gradient of a field that covers the grid is some 1e-5 of that of a narrow one, and
+# clipping divides it by the norm of all others: Adam's own epsilon would hide it.
+_WIDE_FIELDS_EPSILON = 1e-14
 
 
 @dataclasses.dataclass(frozen=True)
-class Durations:
-    """The durations of a run, in steps."""
+class OptimizerConfig:
+    """The settings of AdamW (arXiv 1711.05101), ``config.optimizer``.
 
-    total: int
-    warmup: int
-    guidance: int
-    log: int
-    eval: int
-    checkpoint: int
-    steps_per_epoch: float
-
-
-def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
-    """Resolves every duration of a config, overrides included, into steps.
-
-    Args:
-      config: the experiment's config (``wf_vit.train.config``).
-      num_train: number of training examples, over all processes.
+    Attributes:
+      learning_rate: at its peak, after the warm-up.
+      weight_decay: decoupled: a step subtracts learning rate * decay * kernel. Of
+        kernels only.
+      b1: decay of the mean of the gradient.
+      b2: decay of the mean of its square.
+      clip_norm: of the global gradient; 0 for no clipping.
+      layer_decay: the rate of block l of L is multiplied by
+        ``layer_decay ** (L - l)``, that of the embedding by
+        ``layer_decay ** (L + 1)``; that of the head is the full one.
+      fields_rate: the rate of the fields, of all layers, is that of the head times
+        this; 0 keeps them as they start.
 
     Raises:
-      UsageError: a duration is set in no unit, is not positive, or the warm-up is
-        longer than the run.
+      UsageError: the layer decay or the rate of the fields is out of range.
     """
-    steps_per_epoch = num_train / config.batch_size
 
-    def resolve(name: str, total: int | None = None) -> int:
-        units = UNITS if total is not None else UNITS[:2]
-        for unit in units:
-            value = config[f"{name}_{unit}"]
-            if value is not None:
-                scale = {"steps": 1, "epochs": steps_per_epoch}.get(unit)
-                scale = total / 100 if scale is None else scale
-                if value < 0 or (value == 0 and name != "warmup"):
-                    raise UsageError(
-                        f"{name}_{unit} is {value}: expected a positive number."
-                    )
-                return (
-                    round(value * scale)
-                    if name == "warmup"
-                    else max(round(value * scale), 1)
-                )
-        keys = ", ".join(f"{name}_{unit}" for unit in units)
-        raise UsageError(f"The duration {name!r} is not set: set one of {keys}.")
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0
+    layer_decay: float = 1.0
+    fields_rate: float = 1.0
 
-    total = resolve("total")
-    warmup = resolve("warmup", total)
-    if warmup > total:
-        raise UsageError(
-            f"The warm-up takes {warmup} steps of a run of {total}: shorten it "
-            "(warmup_steps, warmup_epochs or warmup_percent)."
-        )
-    return Durations(
-        total=total,
-        warmup=warmup,
-        guidance=resolve("guidance", total),
-        log=resolve("log", total),
-        eval=resolve("eval", total),
-        checkpoint=resolve("checkpoint", total),
-        steps_per_epoch=steps_per_epoch,
-    )
+    def __post_init__(self):
+        if not 0 < self.layer_decay <= 1:
+            raise UsageError(
+                f"config.optimizer.layer_decay is {self.layer_decay}: expected more "
+                "than 0 and at most 1, which gives all layers the same rate."
+            )
+        if self.fields_rate < 0:
+            raise UsageError(
+                f"config.optimizer.fields_rate is {self.fields_rate}: expected 0, "
+                "which keeps the fields as they start, or more; 1 is the rate of the "
+                "head."
+            )
 
 
-def learning_rate(config: ml_collections.ConfigDict, steps: Durations):
+def learning_rate_schedule(
+    peak: float, *, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
     """Returns the schedule: linear warm-up from 0, then a cosine to 0."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=config.optimizer.learning_rate,
-        warmup_steps=steps.warmup,
-        decay_steps=max(steps.total, steps.warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=max(total_steps, warmup_steps + 1),
     )
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, steps: Durations
+    config: OptimizerConfig,
+    learning_rate: optax.Schedule,
+    *,
+    depth: int,
+    wide_fields: bool = False,
 ) -> optax.GradientTransformation:
-    """Returns AdamW (arXiv 1711.05101) behind a clipping of the global norm.
+    """Returns AdamW behind a clipping of the global norm.
 
-    With ``layer_decay`` and ``fields_rate``, each parameter has its own rate
-    (``relative_rate``). Where fields start wide (``fields.extents`` of 0), their gradient
-    is so small that Adam's epsilon would hide it; it is made larger, which Adam does
-    not notice otherwise.
-
-    Raises:
-      UsageError: the layer decay or the fields' rate is out of range.
-    """
-    options = config.optimizer
-    if not 0 < options.layer_decay <= 1:
-        raise UsageError(
-            f"config.optimizer.layer_decay is {options.layer_decay}: expected more "
-            "than 0 and at most 1, which gives all layers the same rate."
-        )
-    if options.fields_rate < 0:
-        raise UsageError(
-            f"config.optimizer.fields_rate is {options.fields_rate}: expected 0, which "
-            "keeps the fields as they start, or more; 1 is the rate of the head."
-        )
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=options.b1,
-        b2=options.b2,
-        weight_decay=options.weight_decay,
-        mask=decay_mask,
-    )
-    parts = [adamw]
-    if 0 in config.model.fields.extents:
-        parts.insert(0, _amplify_fields(_WIDE_FIELDS_GAIN))
-    if options.clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
-    if options.layer_decay < 1 or options.fields_rate != 1:
-        parts.append(_scale_updates(options.layer_decay, options.fields_rate))
-    return optax.chain(*parts) if len(parts) > 1 else adamw
-
-
-def _amplify_fields(gain: float) -> optax.GradientTransformation:
-    """Returns what multiplies the gradient of every field."""
-
-    def amplify(gradients: Params, params: Params | None) -> Params:
-        del params
-        return jax.tree_util.tree_map_with_path(
-            lambda path, gradient: (
-                gain * gradient if FIELD in [key.key for key in path] else gradient
-            ),
-            gradients,
-        )
-
-    return optax.stateless(amplify)
-
-
-def _scale_updates(decay: float, fields: float) -> optax.GradientTransformation:
-    """Returns what multiplies every update by its ``relative_rate``."""
-
-    def scale(updates: Params, params: Params | None) -> Params:
-        del params
-        depth = sum(name.startswith(_BLOCK) for name in updates)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, update: (
-                update
-                * relative_rate(
-                    [key.key for key in path], depth=depth, decay=decay, fields=fields
-                )
-            ),
-            updates,
-        )
-
-    return optax.stateless(scale)
-
-
-def relative_rate(
-    path: Sequence[str], *, depth: int, decay: float, fields: float
-) -> float:
-    """Returns a parameter's learning rate, as a share of that of the head.
-
-    As in BEiT (arXiv 2106.08254): ``decay ** (L - l)`` for block l, counted from 0,
-    ``decay ** (L + 1)`` for the embedding, and 1 for what follows the blocks. Fields
-    have a rate of their own, wherever they are: when a ViT becomes a window-free
-    transformer they are as new as the head.
+    As in BEiT (arXiv 2106.08254) the groups of parameters are the embedding, each
+    block, and what follows the blocks. Fields are a group of their own, wherever they
+    are: when a ViT becomes a window-free transformer they are as new as the head.
 
     Args:
-      path: the names that lead to the parameter.
-      depth: L.
-      decay: from one layer to the one below it.
-      fields: of the fields of all layers.
+      config: the settings.
+      learning_rate: of the head.
+      depth: L, the number of blocks.
+      wide_fields: whether fields start so wide that they need an epsilon of their own.
     """
-    if FIELD in path:
-        return fields
-    if path[0] in _EMBEDDING:
-        return decay ** (depth + 1)
-    if path[0].startswith(_BLOCK):
-        return decay ** (depth - int(path[0].removeprefix(_BLOCK)))
-    return 1.0
+    decay = config.layer_decay
+    rates = {
+        "rest": 1.0,
+        "fields": config.fields_rate,
+        "embedding": decay ** (depth + 1),
+    }
+    rates |= {f"{_BLOCK}{layer}": decay ** (depth - layer) for layer in range(depth)}
+    epsilons = {"fields": _WIDE_FIELDS_EPSILON} if wide_fields else {}
+
+    def adamw(epsilon: float, rate: float) -> optax.GradientTransformation:
+        transform = optax.adamw(
+            learning_rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
+        return transform if rate == 1 else optax.chain(transform, optax.scale(rate))
+
+    # Groups of equal settings are one.
+    settings = {name: (epsilons.get(name, _EPSILON), rates[name]) for name in rates}
+    distinct = {str(setting): setting for setting in settings.values()}
+    if len(distinct) == 1:
+        update = adamw(*settings["rest"])
+    else:
+        update = optax.partition(
+            {label: adamw(*setting) for label, setting in distinct.items()},
+            lambda params: jax.tree.map(
+                lambda name: str(settings[name]), group_names(params)
+            ),
+        )
+    if not config.clip_norm:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def group_names(params: Params) -> PyTree[str]:
+    """Returns the group of each parameter.
+
+    Returns:
+      "fields", "embedding", "blocks_0" to "blocks_<L - 1>", or "rest".
+    """
+
+    def group(path: Sequence[jax.tree_util.DictKey]) -> str:
+        names = [entry.key for entry in path]
+        if FIELD in names:
+            return "fields"
+        if names[0] in _EMBEDDING:
+            return "embedding"
+        return names[0] if names[0].startswith(_BLOCK) else "rest"
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
 
 
 def decay_mask(params: Params) -> PyTree[bool]:

@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard, ``metrics.jsonl``, a progress bar or plain lines."""
+"""What a run shows a person: its metrics, its log, its config and its figures."""
 
 import json
 import logging
@@ -8,8 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import tqdm
 from clu import metric_writers
+from matplotlib.figure import Figure
+
+from wf_vit import figures
+from wf_vit.data import augment
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Params, RawImages
 
 _LOG = logging.getLogger(__name__)
 
@@ -98,3 +108,64 @@ class Reporter:
             return ""
         seconds = (time.perf_counter() - start) / (step - first) * (self._total - step)
         return f"{tqdm.tqdm.format_interval(seconds)} left"
+
+
+def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes ``config.json``, and logs what changed against an earlier one."""
+    if jax.process_index() != 0:
+        return
+    path = workdir / "config.json"
+    new = json.loads(config.to_json_best_effort())
+    if path.exists():
+        old = json.loads(path.read_text())
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                _LOG.warning(
+                    "config.%s was %s when this run began and is now %s.",
+                    name,
+                    old.get(name),
+                    new.get(name),
+                )
+    path.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def save_figures(
+    workdir: Path,
+    model: ViT,
+    params: Params,
+    images: RawImages,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Draws the curves of a run and, if its model has them, its learned fields.
+
+    Args:
+      workdir: of the run; receives ``figures/``.
+      model: the module.
+      params: its parameters.
+      images: held-out images, over which the fields are drawn.
+      mean: by which the images are normalised.
+      std: likewise.
+    """
+    if jax.process_index() != 0:
+        return
+    _save(figures.training_curves(read_jsonl(workdir)), workdir, "curves")
+    normal = augment.normalize(jnp.asarray(images), mean, std)
+    _, out = jax.jit(model.apply)({"params": params}, normal)
+    if out["fields"]:
+        extents = np.stack([f.extents for f in out["fields"].values()])
+        figure = figures.learned_fields(
+            images, extents, model.grid, softness=model.fields.softness
+        )
+        _save(figure, workdir, "fields")
+
+
+def _save(figure: Figure, workdir: Path, name: str) -> None:
+    """Writes a figure as PNG and PDF."""
+    folder = workdir / "figures"
+    folder.mkdir(exist_ok=True)
+    with figures.style():
+        for suffix in ("png", "pdf"):
+            figure.savefig(folder / f"{name}.{suffix}")
+    _LOG.info("Wrote %s.", folder / f"{name}.png")

@@ -5,9 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Int
 
 from wf_vit.shapes import Params
 
@@ -34,13 +32,6 @@ class TrainState:
     def eval_params(self) -> Params:
         """The parameters to evaluate and to export."""
         return self.params if self.ema_params is None else self.ema_params
-
-
-def init_params(model: nn.Module, seed: int | Int[Array, ""]) -> Params:
-    """Returns fresh parameters; they depend on nothing but the model and the seed."""
-    images = jnp.zeros((1, *model.image_size, 3))
-    key = jax.random.key(seed)
-    return jax.jit(lambda: model.init(key, images)["params"])()
 
 
 def init_state(

@@ -11,12 +11,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from wf_vit.data import augment
+from wf_vit.data.config import Augmentation
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
 from wf_vit.train import guidance as guiding
@@ -27,38 +27,24 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What the update step does besides the gradient.
+class Objective:
+    """What an update works towards, and how, besides the optimizer.
 
     Attributes:
       seed: of all randomness.
-      augment: ``config.data.augment``.
+      augmentation: of the training images.
       label_smoothing: mass spread evenly over the classes.
       accumulate_steps: micro-batches per step; they divide a device's batch.
       ema_decay: of the moving average of the parameters; 0 for none.
-      guidance: of the model's fields, or None.
+      guidance: by an indicator, or None.
     """
 
     seed: int | Int[Array, ""]
-    augment: ml_collections.FrozenConfigDict
+    augmentation: Augmentation
     label_smoothing: float = 0.0
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     guidance: guiding.Guidance | None = None
-
-
-def make_recipe(
-    config: ml_collections.ConfigDict, guidance: guiding.Guidance | None = None
-) -> Recipe:
-    """Returns the part of a config that the update step needs."""
-    return Recipe(
-        seed=config.seed,
-        augment=ml_collections.FrozenConfigDict(config.data.augment),
-        label_smoothing=config.label_smoothing,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema_decay,
-        guidance=guidance,
-    )
 
 
 def train_step(
@@ -68,7 +54,7 @@ def train_step(
     *,
     model: ViT,
     optimizer: optax.GradientTransformation,
-    recipe: Recipe,
+    objective: Objective,
     axis: str,
 ) -> tuple[TrainState, Metrics]:
     """Does one update.
@@ -76,10 +62,10 @@ def train_step(
     Args:
       state: before the update.
       batch: this device's ``image`` uint8 [b, height, width, 3] and ``label`` [b].
-      teacher: parameters of ``recipe.guidance.teacher``, if there is one.
+      teacher: parameters of ``objective.guidance.teacher``, if there is one.
       model: the model.
       optimizer: its optimizer.
-      recipe: the rest of the recipe.
+      objective: what the update works towards.
       axis: name of the mapped axis to reduce over.
 
     Returns:
@@ -88,7 +74,7 @@ def train_step(
       clipping, ``update_norm``, and ``field_area`` for models with fields; with
       guidance also those of ``guidance.guide``.
     """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     count = len(batch["label"])
     keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
     batch = {**batch, "key": keys}
@@ -100,12 +86,12 @@ def train_step(
             step=state.step,
             teacher=teacher,
             model=model,
-            recipe=recipe,
+            objective=objective,
         )
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         return gradients, metrics
 
-    gradients, metrics = _accumulate(gradient, batch, recipe.accumulate_steps)
+    gradients, metrics = _accumulate(gradient, batch, objective.accumulate_steps)
     gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
     metrics["gradient_norm"] = optax.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -114,7 +100,7 @@ def train_step(
     ema_params = state.ema_params
     if ema_params is not None:
         # Early on the average follows fast, or it would remember the initialisation.
-        decay = jnp.minimum(recipe.ema_decay, (1 + state.step) / (10 + state.step))
+        decay = jnp.minimum(objective.ema_decay, (1 + state.step) / (10 + state.step))
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     state = TrainState(
         step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
@@ -129,7 +115,7 @@ def _loss(
     step: Int[Array, ""],
     teacher: Params | None,
     model: ViT,
-    recipe: Recipe,
+    objective: Objective,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns the loss of a micro-batch, and its metrics.
 
@@ -140,10 +126,10 @@ def _loss(
         micro["image"],
         micro["label"],
         num_classes=model.num_classes,
-        config=recipe.augment,
+        augmentation=objective.augmentation,
     )
     drop_path_key = jax.random.fold_in(micro["key"][0], 2)
-    guidance = recipe.guidance
+    guidance = objective.guidance
     logits, out = model.apply(
         {"params": params},
         images,
@@ -152,7 +138,7 @@ def _loss(
         rngs={"drop_path": drop_path_key},
     )
     loss = optax.softmax_cross_entropy(
-        logits, optax.smooth_labels(labels, recipe.label_smoothing)
+        logits, optax.smooth_labels(labels, objective.label_smoothing)
     ).mean()
     hits = logits.argmax(-1) == labels.argmax(-1)
     metrics = {"loss": loss, "accuracy": hits.mean(dtype=jnp.float32)}
@@ -169,8 +155,8 @@ def _loss(
         images,
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro["key"], 3),
         student=model,
-        mean=recipe.augment.mean,
-        std=recipe.augment.std,
+        mean=objective.augmentation.mean,
+        std=objective.augmentation.std,
     )
     return loss + extra, {**metrics, **guidance_metrics}
 
@@ -195,7 +181,8 @@ def eval_step(
     batch: Batch,
     *,
     model: nn.Module,
-    augmentation: ml_collections.FrozenConfigDict,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     axis: str,
 ) -> Metrics:
     """Returns sums over the real examples of the global batch.
@@ -205,13 +192,14 @@ def eval_step(
       batch: this device's ``image`` uint8 [b, height, width, 3], ``label`` [b] and
         ``mask`` [b], which is 0 for padding.
       model: the model.
-      augmentation: ``config.data.augment``, of which only the normalisation acts.
+      mean: of the normalisation, see ``Augmentation``.
+      std: likewise.
       axis: name of the mapped axis to reduce over.
 
     Returns:
       ``top1`` and ``loss``, each summed over the examples, and their ``count``.
     """
-    images = augment.normalize(batch["image"], augmentation.mean, augmentation.std)
+    images = augment.normalize(batch["image"], mean, std)
     logits, _ = model.apply({"params": params}, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     mask = batch["mask"].astype(jnp.float32)

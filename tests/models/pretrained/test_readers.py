@@ -16,7 +16,7 @@ from tests.models.pretrained.checkpoints import FIXTURES, copy_with, source_of
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import readers
-from wf_vit.models.pretrained.preprocess import HALF, IMAGENET, Recipe
+from wf_vit.models.pretrained.preprocess import HALF, IMAGENET, ImageFormat
 
 
 def test_training_checkpoints_are_unwrapped():
@@ -113,10 +113,10 @@ def test_unknown_activations_are_refused(tmp_path):
 
 
 def test_recipes_come_from_the_files_beside_the_weights(tmp_path):
-    timm = pretrained.load(FIXTURES / "timm_vit").preprocess.recipe
-    assert timm == Recipe((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9)
+    timm = pretrained.load(FIXTURES / "timm_vit").preprocess.image_format
+    assert timm == ImageFormat((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9)
     folder = copy_with("hf_vit", tmp_path, lambda arrays: None)
-    assert pretrained.load(folder).preprocess.recipe == Recipe(*HALF, "bilinear", None)
+    assert pretrained.load(folder).preprocess.image_format == ImageFormat(*HALF, "bilinear", None)
     dinov2 = {
         "image_mean": IMAGENET[0],
         "image_std": IMAGENET[1],
@@ -126,9 +126,9 @@ def test_recipes_come_from_the_files_beside_the_weights(tmp_path):
         "resample": 3,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(dinov2))
-    recipe = pretrained.load(folder).preprocess.recipe
-    assert recipe == Recipe(*IMAGENET, "bicubic", 0.875)
+    recipe = pretrained.load(folder).preprocess.image_format
+    assert recipe == ImageFormat(*IMAGENET, "bicubic", 0.875)
     for size, crop in (({"height": 224, "width": 224}, None), (224, None)):
         preprocessor = {**dinov2, "size": size, "do_center_crop": False}
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-        assert pretrained.load(folder).preprocess.recipe.crop == crop
+        assert pretrained.load(folder).preprocess.image_format.crop == crop

@@ -11,7 +11,7 @@ from tests.networks import random_params
 from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
-from wf_vit.models.pretrained.preprocess import Preprocess, Recipe
+from wf_vit.models.pretrained.preprocess import Preprocess, ImageFormat
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_run_gives_what_it_would_be_evaluated_with(run_folder):
     )
     first = pretrained.load(str(folder / "checkpoints/1"))
     jax.tree.map(np.testing.assert_array_equal, first.params, params)
-    recipe = Recipe((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 0.875)
+    recipe = ImageFormat((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 0.875)
     assert last.preprocess == Preprocess((16, 16), recipe)
 
 

@@ -122,7 +122,7 @@ def load(
     return Pretrained(
         model=model,
         params=traverse_util.unflatten_dict(params, sep="/"),
-        preprocess=Preprocess(model.image_size, checkpoint.recipe),
+        preprocess=Preprocess(model.image_size, checkpoint.image_format),
     )
 
 

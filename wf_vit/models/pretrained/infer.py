@@ -11,7 +11,7 @@ import numpy as np
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained import layouts
 from wf_vit.models.pretrained.positions import Resampling, split_positions
-from wf_vit.models.pretrained.preprocess import Recipe
+from wf_vit.models.pretrained.preprocess import ImageFormat
 from wf_vit.models.pretrained.readers import Hints
 from wf_vit.models.vit import ViT
 
@@ -36,14 +36,14 @@ class Checkpoint:
       parameters: by flat name, before any change of size or head.
       origin: the checkpoint's own name of each, where there is one.
       resampling: how its library resizes the position table.
-      recipe: how its images are prepared.
+      image_format: how its images are prepared.
     """
 
     model: ViT
     parameters: Parameters
     origin: dict[str, str]
     resampling: Resampling
-    recipe: Recipe
+    image_format: ImageFormat
 
 
 def infer(
@@ -94,7 +94,7 @@ def infer(
         parameters=parameters,
         origin=renamed.origin,
         resampling=layout.resampling,
-        recipe=dataclasses.replace(layout.recipe, **hints.recipe),
+        image_format=dataclasses.replace(layout.image_format, **hints.image_format),
     )
 
 

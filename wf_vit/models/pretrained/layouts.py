@@ -19,7 +19,7 @@ from wf_vit.models.pretrained.positions import (
     TORCH_CUBIC_ANTIALIAS,
     Resampling,
 )
-from wf_vit.models.pretrained.preprocess import HALF, IMAGENET, Recipe
+from wf_vit.models.pretrained.preprocess import HALF, IMAGENET, ImageFormat
 
 Arrays = Mapping[str, np.ndarray]
 Renames = tuple[tuple[str, str], ...]
@@ -123,7 +123,7 @@ class Layout:
       mlp: the activation, where no config says which.
       norm_epsilon: of the layer norms, where no config says which.
       resampling: of the position table.
-      recipe: how images are prepared, where no config says how.
+      image_format: how images are prepared, where no config says how.
     """
 
     name: str
@@ -134,11 +134,11 @@ class Layout:
     mlp: str
     norm_epsilon: float
     resampling: Resampling
-    recipe: Recipe
+    image_format: ImageFormat
 
 
-_CENTRE_CROP = Recipe(*IMAGENET, interpolation="bicubic", crop=0.875)
-_SQUASH = Recipe(*HALF, interpolation="bilinear", crop=None)
+_CENTRE_CROP = ImageFormat(*IMAGENET, interpolation="bicubic", crop=0.875)
+_SQUASH = ImageFormat(*HALF, interpolation="bilinear", crop=None)
 
 _HUGGING_FACE_VIT = Layout(
     name="Hugging Face ViT",
@@ -149,14 +149,14 @@ _HUGGING_FACE_VIT = Layout(
     mlp="gelu",
     norm_epsilon=1e-12,
     resampling=TORCH_CUBIC,
-    recipe=_SQUASH,
+    image_format=_SQUASH,
 )
 _HUGGING_FACE_DINOV2 = dataclasses.replace(
     _HUGGING_FACE_VIT,
     name="Hugging Face DINOv2",
     marker=r"layer_scale1\.lambda1$",
     norm_epsilon=1e-6,
-    recipe=_CENTRE_CROP,
+    image_format=_CENTRE_CROP,
 )
 _TIMM = Layout(
     name="timm",
@@ -167,7 +167,7 @@ _TIMM = Layout(
     mlp="gelu",
     norm_epsilon=1e-6,
     resampling=TORCH_CUBIC_ANTIALIAS,
-    recipe=dataclasses.replace(_CENTRE_CROP, crop=0.9),
+    image_format=dataclasses.replace(_CENTRE_CROP, crop=0.9),
 )
 _BIG_VISION = Layout(
     name="big_vision",
@@ -178,7 +178,7 @@ _BIG_VISION = Layout(
     mlp="gelu_tanh",
     norm_epsilon=1e-6,
     resampling=SCIPY_LINEAR,
-    recipe=dataclasses.replace(_SQUASH, crop=0.875),
+    image_format=dataclasses.replace(_SQUASH, crop=0.875),
 )
 
 # The first whose anchor and marker are there describes the checkpoint.
@@ -194,28 +194,28 @@ LAYOUTS = (
         _HUGGING_FACE_VIT,
         name="Hugging Face DeiT",
         marker=r"distillation_token$",
-        recipe=_CENTRE_CROP,
+        image_format=_CENTRE_CROP,
     ),
     _HUGGING_FACE_VIT,
     dataclasses.replace(
         _TIMM,
         name="Meta DINOv2 with registers",
         marker=r"register_tokens$",
-        recipe=_CENTRE_CROP,
+        image_format=_CENTRE_CROP,
     ),
     dataclasses.replace(
         _TIMM,
         name="Meta DINO",
         marker=r"mask_token$|head\.last_layer\.",
         resampling=META_CUBIC,
-        recipe=_CENTRE_CROP,
+        image_format=_CENTRE_CROP,
     ),
     _TIMM,
     dataclasses.replace(
         _BIG_VISION,
         name="Google ViT",
         marker=r"posembed_input/pos_embedding$",
-        recipe=_SQUASH,
+        image_format=_SQUASH,
     ),
     _BIG_VISION,
 )

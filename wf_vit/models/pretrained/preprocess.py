@@ -24,7 +24,7 @@ INTERPOLATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class ImageFormat:
     """What a checkpoint expects of its images, whatever their size.
 
     Attributes:
@@ -54,11 +54,11 @@ class Preprocess:
 
     Attributes:
       image_size: ``(height, width)`` of the model, in pixels.
-      recipe: what the checkpoint expects.
+      image_format: what the checkpoint expects.
     """
 
     image_size: tuple[int, int]
-    recipe: Recipe
+    image_format: ImageFormat
 
     def __call__(
         self, images: Iterable[UInt8[np.ndarray, "_ _ 3"]]
@@ -77,7 +77,8 @@ class Preprocess:
                 "preprocess(images), which also resizes."
             )
         mean, std = (
-            255 * np.asarray(x, np.float32) for x in (self.recipe.mean, self.recipe.std)
+            255 * np.asarray(x, np.float32)
+            for x in (self.image_format.mean, self.image_format.std)
         )
         return (images - mean) / std
 
@@ -91,7 +92,7 @@ class Preprocess:
                 "[height, width, 3]: pass a batch or a list of RGB images in 8 bits."
             )
         size = self._resized(*image.shape[:2])
-        resample = INTERPOLATIONS[self.recipe.interpolation]
+        resample = INTERPOLATIONS[self.image_format.interpolation]
         resized = Image.fromarray(image).resize(size[::-1], resample)
         top, left = (
             round((have - keep) / 2)
@@ -102,10 +103,12 @@ class Preprocess:
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Returns the size before the crop: it covers the model's, scaled by it."""
-        if self.recipe.crop is None:
+        if self.image_format.crop is None:
             return self.image_size
         # 224 / 0.875 must be 256 in spite of rounding.
-        rows, columns = (int(s / self.recipe.crop + 1e-6) for s in self.image_size)
+        rows, columns = (
+            int(s / self.image_format.crop + 1e-6) for s in self.image_size
+        )
         if rows * width >= columns * height:
             return rows, max(rows * width // height, self.image_size[1])
         return max(columns * height // width, self.image_size[0]), columns

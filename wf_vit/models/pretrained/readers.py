@@ -41,11 +41,11 @@ class Hints:
 
     Attributes:
       model: attributes of ``ViT``.
-      recipe: arguments of ``preprocess.Recipe``.
+      image_format: arguments of ``preprocess.ImageFormat``.
     """
 
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    image_format: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], Hints]:
@@ -200,19 +200,19 @@ def timm_hints(config: Mapping[str, Any]) -> Hints:
     images = config.get("pretrained_cfg", {})
     arguments = config.get("model_args", {})
     size = arguments.get("img_size", images.get("input_size", (None,))[1:])
-    recipe = {key: tuple(images[key]) for key in ("mean", "std") if key in images}
+    image_format = {key: tuple(images[key]) for key in ("mean", "std") if key in images}
     if images.get("interpolation") in INTERPOLATIONS:
-        recipe["interpolation"] = images["interpolation"]
+        image_format["interpolation"] = images["interpolation"]
     if images.get("crop_mode") == "squash":
-        recipe["crop"] = None
+        image_format["crop"] = None
     elif "crop_pct" in images:
-        recipe["crop"] = images["crop_pct"]
+        image_format["crop"] = images["crop_pct"]
     model = {
         "num_heads": arguments.get("num_heads"),
         "pool": POOLINGS.get(config.get("global_pool")),
         "image_size": _pair(size),
     }
-    return Hints(_said(model), recipe)
+    return Hints(_said(model), image_format)
 
 
 def hugging_face_hints(
@@ -225,22 +225,22 @@ def hugging_face_hints(
             f"config.json says hidden_act={activation!r}; a ViT of this package has "
             f"one of {', '.join(ACTIVATIONS)}."
         )
-    recipe = {
+    image_format = {
         ours: tuple(preprocessor[theirs])
         for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
         if theirs in preprocessor
     }
     if preprocessor.get("resample") in RESAMPLE:
-        recipe["interpolation"] = RESAMPLE[preprocessor["resample"]]
+        image_format["interpolation"] = RESAMPLE[preprocessor["resample"]]
     if "size" in preprocessor:
-        recipe["crop"] = _crop(preprocessor)
+        image_format["crop"] = _crop(preprocessor)
     model = {
         "num_heads": config.get("num_attention_heads"),
         "mlp": ACTIVATIONS.get(activation),
         "norm_epsilon": config.get("layer_norm_eps"),
         "image_size": _pair(config.get("image_size")),
     }
-    return Hints(_said(model), recipe)
+    return Hints(_said(model), image_format)
 
 
 def _said(attributes: Mapping[str, Any]) -> dict[str, Any]:

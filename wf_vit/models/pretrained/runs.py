@@ -12,7 +12,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
-from wf_vit.models.pretrained.preprocess import Recipe
+from wf_vit.models.pretrained.preprocess import ImageFormat
 
 DIRECTORY = "checkpoints"
 
@@ -74,7 +74,7 @@ def read_run(source: Path) -> Checkpoint:
         parameters=traverse_util.flatten_dict(restored["state"][kind], sep="/"),
         origin={},
         resampling=TORCH_CUBIC_ANTIALIAS,
-        recipe=Recipe(
+        image_format=ImageFormat(
             mean=tuple(data["augment"]["mean"]),
             std=tuple(data["augment"]["std"]),
             interpolation=data["resize_method"],
