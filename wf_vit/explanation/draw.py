@@ -8,9 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from wf_vit import figures, page
+from wf_vit import figures, measure, page
 from wf_vit.explanation.explanation import Explanation
-from wf_vit.explanation.measure import INDICATORS
 from wf_vit.workdir import replacing
 
 FIGURES = "figures"
@@ -124,13 +123,20 @@ def save_page(
 ) -> None:
     """Writes the page of one image, which opens with the main indicator."""
     e = explanation
-    others = [name for name in e.impact if name != e.indicator]
+    shown = {
+        e.indicator: page.Indicator(
+            e.impact[e.indicator],
+            e.impact_heads.get(e.indicator),
+            e.field,
+            e.field_heads,
+        )
+    }
+    for name in e.impact:
+        heads = e.impact_heads.get(name)
+        shown.setdefault(name, page.Indicator(e.impact[name], heads))
     html = page.explorer(
         e.photograph,
-        {
-            INDICATORS[name]: page.Indicator(e.impact[name], e.impact_heads.get(name))
-            for name in [e.indicator, *others]
-        },
+        {measure.INDICATORS[name]: indicator for name, indicator in shown.items()},
         e.grid,
         extents=None if e.learned is None else e.learned.extents,
         layers=e.layers.tolist(),

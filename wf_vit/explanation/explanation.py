@@ -1,14 +1,24 @@
-"""What is measured in one image, and the file it is kept in."""
+"""What a model's patches do to one another in a photograph, and the file of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from wf_vit import fields, measure
+from wf_vit import indicators as matrices
+from wf_vit.errors import UsageError
 from wf_vit.fields import Field
 from wf_vit.grid import Grid
+from wf_vit.models.pretrained import Pretrained
+from wf_vit.models.vit import ViT
+from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.shapes import Key
 from wf_vit.workdir import replacing
 
 # The folder of the results, in which every image has a folder of its own.
@@ -23,8 +33,8 @@ ARRAYS = {
     "indicator": "name of the indicator that the fields are made of",
     "impact/NAME": "[L, P, P], for each indicator: of patch j (column) on i (row)",
     "impact_heads/NAME": "[L, H, P, P]: the same for each head on its own",
-    "field/extents": "[L, P, 4]: how far the responsive field extends to the left, top, "
-    "right and bottom of the patch's centre, in patches",
+    "field/extents": "[L, P, 4]: how far the responsive field extends to the left, "
+    "top, right and bottom of the patch's centre, in patches",
     "field/area": "[L, P]: share of the grid that the field covers",
     "field/displacement": "[L, P, 2]: from the patch to its field's centroid",
     "field/covariance": "[L, P, 2, 2]: of positions in the field, in patches^2",
@@ -125,3 +135,116 @@ class Explanation:
             if learned
             else None,
         )
+
+
+def check_indicators(names: Sequence[str], layers: Sequence[int] | None) -> None:
+    """Raises UsageError unless the indicators exist and can be had in these layers."""
+    known = measure.INDICATORS
+    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise UsageError(
+            f"config.indicators is {tuple(names)}: name some of "
+            f"{', '.join(known)}, each once."
+        )
+    if "rollout" in names and layers is not None:
+        raise UsageError(
+            f"config.layers is {tuple(layers)}, but the rollout needs all layers: "
+            "leave config.layers empty, or leave out the rollout."
+        )
+
+
+def explain_batch(
+    loaded: Pretrained,
+    photographs: UInt8[np.ndarray, "B height width 3"],
+    *,
+    indicators: Sequence[str],
+    target: str,
+    num_probes: int,
+    layers: Sequence[int] | None,
+    heads: bool,
+    mass: float,
+    key: Key,
+) -> list[Explanation]:
+    """Measures the interactions and fields of a batch of photographs.
+
+    All indicators share one forward pass, that of the propagated one if it is wanted.
+
+    Args:
+      loaded: the model.
+      photographs: of the model's size, as ``loaded.preprocess.fit`` makes them.
+      indicators: names of ``measure.INDICATORS``; the fields are those of the last.
+      target: the output that "propagated" looks at, one of ``measure.OUTPUTS``.
+      num_probes: of "propagated".
+      layers: indices; None for all.
+      heads: whether to measure every head on its own too. The heads of a window-free
+        transformer, which have fields of their own, always are.
+      mass: share of its impact that a patch's field holds.
+      key: randomness of the probes. An image's numbers depend on it and on the place
+        in the batch, but not on the other images.
+
+    Returns:
+      An explanation of each photograph.
+
+    Raises:
+      UsageError: an indicator, a layer or a target is unknown, or does not go with
+        the others.
+    """
+    check_indicators(indicators, layers)
+    model, main = loaded.model, indicators[-1]
+    heads = heads or isinstance(model, WindowFreeViT)
+    images = jnp.asarray(loaded.preprocess.normalize(photographs))
+    found, recording = {}, None
+    for name in sorted(indicators, key=lambda name: name != "propagated"):
+        found[name] = measure.impact(
+            model,
+            loaded.params,
+            images,
+            name,
+            per_head=heads,
+            layers=layers,
+            target=target,
+            num_probes=num_probes,
+            key=key,
+            recording=recording,
+        )
+        recording = found[name].recording
+    impact = found[main]
+    stacked = {
+        "impact": {name: found[name].impact for name in indicators},
+        "impact_heads": {name: found[name].heads for name in indicators if heads},
+        "field": fields.responsive_field(impact.impact, model.grid, mass=mass),
+        "field_heads": fields.responsive_field(impact.heads, model.grid, mass=mass)
+        if heads
+        else None,
+        "discriminability": fields.discriminability(impact.impact),
+        "attention_distance": matrices.mean_attention_distance(
+            recording.attention,
+            num_prefix_tokens=model.num_prefix_tokens,
+            grid=model.grid,
+        ),
+        "relative_error": found["propagated"].relative_error
+        if "propagated" in found
+        else None,
+        "extents": recording.extents if isinstance(model, WindowFreeViT) else None,
+    }
+    stacked = jax.device_get(stacked)
+    return [
+        _explanation(
+            jax.tree.map(lambda x, b=b: x[:, b], stacked),
+            model,
+            photograph=photograph,
+            layers=np.array(model.check_layers(layers)),
+            indicator=main,
+        )
+        for b, photograph in enumerate(photographs)
+    ]
+
+
+def _explanation(arrays: dict[str, Any], model: ViT, **others: Any) -> Explanation:
+    """Returns one photograph's explanation, from its arrays ``[L ...]``."""
+    extents = arrays.pop("extents")
+    return Explanation(
+        grid=model.grid,
+        learned=None if extents is None else Learned(extents, model.fields.softness),
+        **arrays,
+        **others,
+    )

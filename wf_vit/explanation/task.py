@@ -13,8 +13,13 @@ import tqdm
 
 from wf_vit.errors import UsageError
 from wf_vit.explanation import draw, images, summary
-from wf_vit.explanation.explanation import DATA, IMAGES, Explanation
-from wf_vit.explanation.measure import check_indicators, measure
+from wf_vit.explanation.explanation import (
+    DATA,
+    IMAGES,
+    Explanation,
+    check_indicators,
+    explain_batch,
+)
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained.preprocess import Preprocess
@@ -60,7 +65,7 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
         free=_FREE,
     )
     measure_batch = partial(
-        measure,
+        explain_batch,
         loaded,
         indicators=indicators,
         target=config.target,

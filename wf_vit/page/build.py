@@ -10,6 +10,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 
+import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
@@ -45,10 +46,15 @@ class Indicator:
     Attributes:
       fused: impact of patch j (column) on patch i (row), non-negative.
       heads: the same for every head, or None.
+      fused_field: the responsive fields of ``fused`` with the page's ``mass``, where
+        they have been measured; None: they are measured here.
+      heads_field: the same of ``heads``.
     """
 
     fused: Float[np.ndarray, "L P P"]
     heads: Float[np.ndarray, "L H P P"] | None = None
+    fused_field: fields.Field | None = None
+    heads_field: fields.Field | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,21 +201,31 @@ class _Stack:
 def _stacks(indicators: Mapping[str, Indicator], grid: Grid, mass: float):
     stacks = []
     for index, indicator in enumerate(indicators.values()):
-        for kind, impact in (("fused", indicator.fused), ("heads", indicator.heads)):
+        for kind in ("fused", "heads"):
+            impact = getattr(indicator, kind)
             if impact is not None:
                 share = coding.row_shares(impact)
-                field = np.stack([_field(layer, grid, mass) for layer in share], 1)
-                stacks.append(_Stack(index, kind, share, field))
+                field = getattr(indicator, f"{kind}_field")
+                if field is None:
+                    field = _fields(share, grid, mass)
+                stacks.append(_Stack(index, kind, share, _coded(field)))
     return stacks
 
 
-def _field(share, grid: Grid, mass: float) -> Int16[np.ndarray, "7 *heads P"]:
-    """Returns extents, area in patches and arrow of one layer's fields."""
-    field = fields.responsive_field(jnp.asarray(share), grid, mass=mass)
+def _fields(share, grid: Grid, mass: float) -> fields.Field:
+    """Returns the responsive fields, measured layer by layer to bound the memory."""
+    layers = [
+        fields.responsive_field(jnp.asarray(layer), grid, mass=mass) for layer in share
+    ]
+    return jax.tree.map(lambda *parts: np.stack(parts), *layers)
+
+
+def _coded(field: fields.Field) -> Int16[np.ndarray, "7 L *heads P"]:
+    """Returns extents, arrow, and area in patches."""
     lengths = np.concatenate([field.extents, field.displacement], -1)
-    reach_and_arrow = coding.fixed_point(np.moveaxis(lengths, -1, 0), _LENGTH_STEPS)
-    area = coding.fixed_point(np.asarray(field.area)[None] * share.shape[-1], 1)
-    return np.concatenate([reach_and_arrow, area])
+    lengths = coding.fixed_point(np.moveaxis(lengths, -1, 0), _LENGTH_STEPS)
+    area = np.asarray(field.area)[None] * field.area.shape[-1]
+    return np.concatenate([lengths, coding.fixed_point(area, 1)])
 
 
 def _plans(num_layers: int, with_heads: int) -> Iterator[_Plan]:
