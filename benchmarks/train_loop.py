@@ -21,7 +21,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from wf_vit.workdir import show_own_log
+from wf_vit.command import show_own_log
 from wf_vit.train import loop, parallel, schedule, steps
 from wf_vit.train.state import init_state
 

@@ -1,13 +1,15 @@
 r"""WinfT and ViT on CIFAR-10, from scratch, at a size for a CPU or one small GPU.
 
+    # Once, a download of 162 MiB:
+    python main.py --config=configs/cifar10.py --config.task=prepare
     python main.py --config=configs/cifar10.py        # the window-free transformer
     python main.py --config=configs/cifar10.py:vit    # ViT, the same recipe
-    # without downloading, from records that lie in DIR:
+    # Without the download, from records that lie in DIR:
     python main.py --config=configs/cifar10.py \
         --config.data.name=NAME --config.data.data_dir=DIR
 
-TFDS downloads CIFAR-10 with `tfds build cifar10`. results/cifar10 has the curves of
-both on 15,000 images, 16 epochs, on two CPU cores, with the command behind them.
+results/cifar10 has the curves of both on 15,000 images, 16 epochs, on two CPU cores,
+with the command behind them.
 """
 
 import ml_collections

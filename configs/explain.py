@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.figures = True
     config.page = True
     # Images at once. An accelerator is faster with more; memory is about 8 times
-    # wf_vit.measure.bytes_per_image for each.
+    # wf_vit.models.recording.bytes_per_image for each.
     config.batch_size = 1
     config.seed = 0  # of the probes
     return config.lock()

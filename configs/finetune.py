@@ -1,5 +1,6 @@
 r"""Fine-grained recognition: fine-tuning a published ViT, or our own checkpoint.
 
+    python main.py --config=configs/finetune.py:DATASET --config.task=prepare    # once
     python main.py --config=configs/finetune.py:DATASET --config.init_from=CHECKPOINT
 
 DATASET is caltech_birds2011 (the default), stanford_dogs, cars196 or

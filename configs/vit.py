@@ -1,5 +1,6 @@
 r"""ViT-S/16 on ImageNet: the baseline of configs/windowfree.py, the same recipe.
 
+    python main.py --config=configs/vit.py --config.task=prepare       # once
     python main.py --config=configs/vit.py
     python main.py --config=configs/vit.py:runlocal            # 10 steps anywhere
 

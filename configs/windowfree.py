@@ -1,7 +1,11 @@
 r"""WinfT-S/16 on ImageNet: the plain 90-epoch recipe, window-free attention.
 
+    python main.py --config=configs/windowfree.py --config.task=prepare    # once
     python main.py --config=configs/windowfree.py
     python main.py --config=configs/windowfree.py:runlocal     # 10 steps anywhere
+
+The first command names the two archives of ImageNet that must be downloaded by hand,
+and their folder.
 
 The recipe is that of "Better plain ViT baselines for ImageNet-1k" (Beyer, Zhai,
 Kolesnikov, arXiv 2205.01580): batch 1024, inception crop, flips, RandAugment (2, 10),

@@ -1,7 +1,37 @@
 """Measure, show and train from the patch interactions of vision transformers.
 
-Import the part you need; nothing is imported here, so that
-``from wf_vit import indicators`` stays light.
+A part is imported when it is first used, so that ``import wf_vit`` is light, and
+``wf_vit.indicators`` needs no TensorFlow.
 """
 
+import importlib
+from types import ModuleType
+
 __version__ = "0.1.0"
+
+_PARTS = (
+    "data",
+    "errors",
+    "explanation",
+    "fields",
+    "figures",
+    "grid",
+    "indicators",
+    "interventions",
+    "measure",
+    "models",
+    "page",
+    "shapes",
+    "train",
+    "verify",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

@@ -5,5 +5,5 @@ class UsageError(ValueError):
     """Something the caller gave cannot work.
 
     The message names what was given, what was expected and what to do next.
-    ``main.py`` prints it without a traceback and exits with status 2.
+    The command prints it without a traceback and exits with status 2.
     """

@@ -1,53 +1,18 @@
-"""What the tasks share: the log, and a working directory that is never half written."""
+"""The files of a run: a working directory that is never half written."""
 
 import contextlib
 import hashlib
 import json
-import logging
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
-import ml_collections
 import numpy as np
 
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
-
-# Of each task, what its configs have and those of the others lack.
-_OWN_KEYS = {
-    "train": "model",
-    "evaluate": "model",
-    "explain": "images",
-    "verify": "protocols",
-}
-
-
-def check_task(config: ml_collections.ConfigDict) -> None:
-    """Raises UsageError unless the config is made for its ``config.task``."""
-    if config.task not in _OWN_KEYS:
-        raise UsageError(
-            f"config.task is {config.task!r}: choose one of {', '.join(_OWN_KEYS)}."
-        )
-    key = _OWN_KEYS[config.task]
-    if key not in config:
-        raise UsageError(
-            f"config.task is {config.task!r}, but the config has no {key!r}: pass a "
-            "config of that task, such as configs/explain.py, configs/verify.py, or "
-            "configs/digits.py to train and evaluate."
-        )
-
-
-def show_own_log() -> None:
-    """Shows what this program logs, and of its libraries only the errors."""
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    absl.logging.use_absl_handler()
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    absl.logging.get_absl_handler().setFormatter(formatter)
-    logging.getLogger("wf_vit").setLevel(logging.INFO)
 
 
 def prepare_workdir(workdir: Path) -> None:

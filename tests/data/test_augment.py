@@ -4,19 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from wf_vit.data import augment
-from wf_vit.data.config import default_config
+from wf_vit.data.config import Augmentation
 from wf_vit.errors import UsageError
 
 
 def _config(**settings):
-    config = default_config().augment
-    config.update(settings)
-    return config
+    return Augmentation(**settings)
 
 
 def _batch(size=8, height=12, width=16):
@@ -28,13 +25,12 @@ def _batch(size=8, height=12, width=16):
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))
 def _jitted(keys, images, labels, num_classes, config):
     return augment.augment_batch(
-        keys, images, labels, num_classes=num_classes, config=config
+        keys, images, labels, num_classes=num_classes, augmentation=config
     )
 
 
 def _augment(config, images, labels, seed=0, num_classes=10):
     keys = augment.example_keys(jax.random.key(seed), 0, len(labels))
-    config = ml_collections.FrozenConfigDict(config)
     return _jitted(keys, images, labels, num_classes, config)
 
 
@@ -66,12 +62,10 @@ def test_flip_mirrors_about_half_of_the_images():
     images, labels = _batch(64)
     plain, _ = _augment(_config(), images, labels)
     result, _ = _augment(_config(flip_probability=0.5), images, labels)
-    kept = [np.array_equal(a, b) for a, b in zip(result, plain, strict=True)]
-    flipped = [
-        np.array_equal(a, b[:, ::-1]) for a, b in zip(result, plain, strict=True)
-    ]
-    assert all(k != f for k, f in zip(kept, flipped, strict=True))
-    assert 16 < sum(flipped) < 48
+    kept = np.isclose(result, plain, atol=1e-5).all(axis=(1, 2, 3))
+    flipped = np.isclose(result, plain[:, :, ::-1], atol=1e-5).all(axis=(1, 2, 3))
+    assert (kept != flipped).all()
+    assert 16 < flipped.sum() < 48
 
 
 def test_four_devices_equal_one():
@@ -83,7 +77,7 @@ def test_four_devices_equal_one():
         offset = jax.lax.axis_index("batch") * len(labels)
         keys = augment.example_keys(key, offset, len(labels))
         return augment.augment_batch(
-            keys, images, labels, num_classes=10, config=config
+            keys, images, labels, num_classes=10, augmentation=config
         )
 
     if jax.device_count() < 4:
@@ -149,7 +143,8 @@ def test_erasing_puts_noise_of_the_stated_area_in_a_box():
     labels = labels % 10
     plain, _ = _augment(_config(), images, labels)
     result, targets = _augment(_config(erase_probability=0.5), images, labels)
-    changed = np.asarray(result != plain).any(axis=-1)
+    # Two programs: what is left alone may differ by a rounding error.
+    changed = ~np.isclose(result, plain, atol=1e-5).all(axis=-1)
     area = changed.mean(axis=(1, 2))
     assert 16 < (area > 0).sum() < 48
     assert area[area > 0].min() > 0.01

@@ -122,7 +122,8 @@ def test_layers_draw_all_operations_and_depend_on_the_key_only(photo):
 
     keys = jax.random.split(jax.random.key(0), 300)
     results = np.asarray(augmented(keys))
-    np.testing.assert_array_equal(results[5:7], augmented(keys[5:7]))
+    # Another batch size is another program, which may round to the next level.
+    np.testing.assert_allclose(results[5:7], augmented(keys[5:7]), atol=1)
     severities = {0.9: range(14), -0.9: range(5, 14)}
     possible = [
         _ours(photo, randaugment.OPERATIONS[index], severity)

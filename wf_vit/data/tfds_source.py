@@ -1,6 +1,7 @@
 """TensorFlow Datasets as a source: any prepared image classification set, by name."""
 
 import difflib
+import os
 from typing import Any
 
 import tensorflow as tf
@@ -21,8 +22,17 @@ def open_tfds(name: str, data_dir: str) -> Source:
     Raises:
       UsageError: the name is unknown, or it is no image classification set.
     """
+    return builder_source(open_builder(name, data_dir))
+
+
+def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a TFDS data set, prepared or not; see ``open_tfds``.
+
+    Raises:
+      UsageError: the name is unknown.
+    """
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
+        return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
         raise UsageError(_unknown(name, data_dir)) from error
     except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
@@ -34,7 +44,6 @@ def open_tfds(name: str, data_dir: str) -> Source:
             "version, TFDS reads prepared files without its own code): correct "
             "config.data.name."
         ) from error
-    return builder_source(builder)
 
 
 def builder_source(builder: tfds.core.DatasetBuilder) -> Source:
@@ -71,7 +80,7 @@ def builder_source(builder: tfds.core.DatasetBuilder) -> Source:
         except ValueError as error:
             raise UsageError(
                 f"Data set {builder.name!r} cannot read the split {split!r}: {error} "
-                f"It has {_describe_splits(builder)}; set config.data.train and "
+                f"It has {describe_splits(builder)}; set config.data.train and "
                 "config.data.eval to specifications of these, such as 'train[:90%]'."
             ) from error
 
@@ -102,9 +111,11 @@ def _supervised_features(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     )
 
 
-def _describe_splits(builder: tfds.core.DatasetBuilder) -> str:
+def describe_splits(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns the splits and their sizes, for messages."""
     sizes = [
-        f"{k!r} ({v.num_examples} examples)" for k, v in builder.info.splits.items()
+        f"{str(k)!r} ({v.num_examples} examples)"
+        for k, v in builder.info.splits.items()
     ]
     return ", ".join(sizes) or "no splits"
 
@@ -125,15 +136,24 @@ def _unknown(name: str, data_dir: str) -> str:
 def _not_prepared(builder: tfds.core.DatasetBuilder) -> str:
     """Returns the three steps to get a data set."""
     root = builder.data_dir_root
-    build = f"tfds build {builder.name} --data_dir={root}"
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        manual = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
-        get = f"Download by hand into {root}/downloads/manual (manual_dir): {manual}"
+        get = f"{manual_instructions(builder)} The folder is {manual_dir(builder)}"
     else:
         get = f"Make sure that {root} has room; the next step downloads into it."
     return (
         f"Data set {builder.name!r} is not prepared in {root}. Three steps get it:\n"
         f"  1. {get}\n"
-        f"  2. {build}\n"
+        "  2. Prepare it, once: repeat this command with --config.task=prepare "
+        f"--config.data.data_dir={root}\n"
         f"  3. Run this command again with --config.data.data_dir={root}"
     )
+
+
+def manual_instructions(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns what TFDS says of files that must be downloaded by hand, or ''."""
+    return " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+
+
+def manual_dir(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns the folder (TFDS: manual_dir) of files that are downloaded by hand."""
+    return os.path.join(builder.data_dir_root, "downloads", "manual")

@@ -1,0 +1,304 @@
+"""The command: ``wf-vit``, or ``python main.py`` in a clone.
+
+    wf-vit --config=NAME[:ARGUMENT] [--config.KEY=VALUE ...] [--workdir=DIR]
+
+A config says which task is run. Nothing heavy is imported before it is known: the help
+and a misspelt key are answered at once, also where TensorFlow is not installed.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import absl.logging
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from wf_vit.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a config can ask for.
+
+    Attributes:
+      module: the module with the function, which has the task's name and takes the
+        config and the working directory.
+      key: what the configs of this task have and those of other tasks may lack.
+      summary: a line for the help.
+    """
+
+    module: str
+    key: str
+    summary: str
+
+
+TASKS = {
+    "train": Task(
+        "wf_vit.train.loop",
+        "model",
+        "trains a model; goes on from the last checkpoint in --workdir",
+    ),
+    "evaluate": Task(
+        "wf_vit.train.loop", "model", "evaluates the last checkpoint in --workdir"
+    ),
+    "explain": Task(
+        "wf_vit.explanation", "images", "explains images: figures, a page, a table"
+    ),
+    "verify": Task("wf_vit.verify", "protocols", "checks the indicators on a data set"),
+    "prepare": Task(
+        "wf_vit.data.prepare",
+        "data",
+        "downloads the config's data set and writes it in the form that is read",
+    ),
+}
+_DEFAULT = "digits"
+# The extra [train] installs these; the rest of the package works without them.
+_TRAIN_PACKAGES = (
+    "clu",
+    "importlib_resources",
+    "optax",
+    "scipy",
+    "tensorboard",
+    "tensorflow",
+    "tensorflow_datasets",
+)
+# What config_flags raises for a key or a file that does not exist, or a wrong type.
+_FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: those of the command line, without the program's name; None: those
+        this program was started with.
+
+    Returns:
+      The exit status: 0, or 2 after a usage error, which is printed.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "-help", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        run(arguments)
+    except UsageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs the task of the config that the arguments name.
+
+    Raises:
+      UsageError: the arguments, or what the task was given, cannot work.
+    """
+    show_own_log()  # First: a config may import TensorFlow too.
+    config, workdir = parse(arguments)
+    check_task(config)
+    with _missing_packages_explained():
+        if config.task in ("train", "evaluate"):
+            from wf_vit.train import parallel
+
+            parallel.initialize(config.distributed)
+        module = importlib.import_module(TASKS[config.task].module)
+        getattr(module, config.task)(config, workdir)
+
+
+def parse(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
+    """Returns the config, with its overrides, and the working directory.
+
+    Args:
+      arguments: of the command line, without the program's name.
+
+    Raises:
+      UsageError: there is no such config, key or flag, or a value is of another type.
+    """
+    name, arguments = _split_off_config(arguments)
+    name, colon, argument = name.partition(":")
+    file = _config_file(name)
+    _let_configs_import_each_other(file.parent)
+    argv = ["wf-vit", f"--config={file}{colon}{argument}", *arguments]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", flag_values=values, sys_argv=argv
+    )
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    try:
+        with _missing_packages_explained():
+            rest = values(argv)[1:]
+            loaded = config.value
+    except UsageError:
+        raise
+    except _FLAG_ERRORS as error:
+        raise UsageError(
+            f"{_reason(error)}\nSee --help for the flags, and {file} for its keys."
+        ) from error
+    if rest:
+        raise UsageError(f"Unexpected arguments {rest}: settings are --flags.")
+    default = f"runs/{file.stem}" + (f"_{argument}" if argument else "")
+    return loaded, Path(workdir.value or default)
+
+
+def check_task(config: ml_collections.ConfigDict) -> None:
+    """Raises UsageError unless the config is made for its ``config.task``."""
+    if config.task not in TASKS:
+        raise UsageError(
+            f"config.task is {config.task!r}: choose one of {', '.join(TASKS)}."
+        )
+    key = TASKS[config.task].key
+    if key not in config:
+        raise UsageError(
+            f"config.task is {config.task!r}, but the config has no {key!r}: pass a "
+            "config of that task, such as configs/explain.py, configs/verify.py, or "
+            "configs/digits.py to train, evaluate and prepare."
+        )
+
+
+def show_own_log() -> None:
+    """Shows what this program logs, and of its libraries only the errors.
+
+    What TensorFlow logs is up to two variables, which it reads when it is imported:
+    values that the user has set stay.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    # It announces oneDNN whatever the level. Here it decodes and crops images only,
+    # which oneDNN has no part in.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Else absl warns of what is logged before.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.use_absl_handler()
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    absl.logging.get_absl_handler().setFormatter(formatter)
+    logging.getLogger("wf_vit").setLevel(logging.INFO)
+
+
+def help_text() -> str:
+    """Returns what ``--help`` prints: the configs, the tasks, where the keys are."""
+    program = Path(sys.argv[0]).name
+    command = "python3 main.py" if program == "main.py" else "wf-vit"
+    folder = config_folder()
+    configs = {file.stem: _first_line(file) for file in sorted(folder.glob("[!_]*.py"))}
+    tasks = {name: task.summary for name, task in TASKS.items()}
+    return f"""\
+{command} [--config=NAME[:ARGUMENT]] [--config.KEY=VALUE ...] [--workdir=DIR]
+
+Measures, shows and trains from the patch interactions of vision transformers.
+
+Configs: --config=NAME, or the path of a file of your own (default: {_DEFAULT}).
+{_table(configs)}
+They are in {folder}
+The top of each file says what it needs, and which ARGUMENT it takes.
+
+Tasks: --config.task=TASK (default: the config's own).
+{_table(tasks)}
+
+Keys: --config.KEY=VALUE changes one, such as --config.batch_size=256. They are
+documented where they are set:
+  to train     wf_vit/train/config.py, --config.data.KEY in wf_vit/data/config.py
+  to explain   configs/explain.py
+  to verify    configs/verify.py
+
+--workdir: the folder of the results (default: runs/NAME, or runs/NAME_ARGUMENT).
+"""
+
+
+def config_folder() -> Path:
+    """Returns the folder of the configs: within the package (wheel) or beside it."""
+    package = Path(__file__).resolve().parent
+    within = package / "configs"
+    return within if within.is_dir() else package.parent / "configs"
+
+
+def _split_off_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the value of --config, and the other arguments."""
+    name, rest = _DEFAULT, []
+    arguments = iter(arguments)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            rest.append(argument)
+            continue
+        name = value if equals else next(arguments, "")
+        if not name:
+            raise UsageError(f"--config has no value: give it one of {_names()}.")
+    return name, rest
+
+
+def _config_file(name: str) -> Path:
+    """Returns the file of a config: a path, or the name of one of the package's."""
+    file = Path(name) if name.endswith(".py") else config_folder() / f"{name}.py"
+    if not file.is_file():
+        raise UsageError(
+            f"There is no config {name!r}: give --config the path of a .py file, or "
+            f"one of {_names()}."
+        )
+    return file.resolve()
+
+
+def _names() -> str:
+    return ", ".join(sorted(file.stem for file in config_folder().glob("[!_]*.py")))
+
+
+def _let_configs_import_each_other(folder: Path) -> None:
+    """Makes ``from configs import NAME`` work in a config, wherever it lies.
+
+    It finds the files beside the config first, then those of this package.
+    """
+    if "configs" in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(
+        "configs",
+        config_folder() / "__init__.py",
+        submodule_search_locations=[str(folder), str(config_folder())],
+    )
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
+
+
+@contextlib.contextmanager
+def _missing_packages_explained() -> Iterator[None]:
+    """Turns the lack of a package of the extra [train] into a usage error."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _TRAIN_PACKAGES:
+            raise
+        raise UsageError(
+            f"This task needs the package {package!r}, which is not installed: run "
+            "`pip install 'wf-vit[train]'` (in a clone: `pip install -e '.[train]'`)."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns what config_flags or a config says, without the layers around it."""
+    if "Error whilst parsing config file" in str(error):  # and its whole traceback
+        while error.__context__ is not None:
+            error = error.__context__
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{where.filename}, line {where.lineno}: {error}"
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    return str(error.args[0] if isinstance(error, KeyError) else error)
+
+
+def _first_line(file: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:{width}}   {text}" for name, text in rows.items())
