@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 
 # The module of each task, which has a function of the task's name.
 _TASKS = dict.fromkeys(("train", "evaluate"), "wf_vit.train.loop")
-_TASKS |= {"explain": "wf_vit.explanation", "verify": "wf_vit.verify.run"}
+_TASKS |= {"explain": "wf_vit.explanation", "verify": "wf_vit.verify"}
 # What config_flags raises for a key or a file that does not exist, or a wrong type.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
 

@@ -54,6 +54,7 @@ class Recording(NamedTuple):
         last, the final norm.
       extents: of the learned fields of a model that has them, in patches; else None.
       tokens: the residual stream after the final norm.
+      pooled: what the head reads.
       logits: of the head, or the pooled representation of a model without one.
     """
 
@@ -62,6 +63,7 @@ class Recording(NamedTuple):
     scale: Float[Array, "layers_and_1 B N"]
     extents: Float[Array, "L B H P 4"] | None
     tokens: Float[Array, "B N D"]
+    pooled: Float[Array, "B R"]
     logits: Float[Array, "B C"]
 
 
@@ -358,6 +360,7 @@ def _forward(
         scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
         extents=jnp.stack(extents) if extents else None,
         tokens=tokens,
+        pooled=outputs["pooled"],
         logits=logits,
     )
 
