@@ -118,6 +118,7 @@ class Case:
         return jax.random.split(jax.random.fold_in(self.key, 1), len(self.images))
 
 
+@typing.runtime_checkable
 class Protocol(typing.Protocol):
     """Evidence for an indicator, beside controls of equal size.
 

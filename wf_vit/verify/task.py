@@ -81,19 +81,7 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     }
     settings = json.loads(config.to_json_best_effort())
     store = Store(workdir, settings, loaded.params)
-    key = jax.random.key(config.seed)
-    total = max(limits.values())
-    with tqdm.tqdm(total=total, unit=" images", disable=None) as bar:
-        for number, start in enumerate(range(0, total, config.batch_size)):
-            images, labels = next(batches)
-            if not store.has(number):
-                case = Case(subject, images, labels, jax.random.fold_in(key, number))
-                counts = {name: limit - start for name, limit in limits.items()}
-                store.save(number, measure(case, protocols, counts))
-            bar.update(min(config.batch_size, total - start))
-            if bar.disable:
-                done = min(start + config.batch_size, total)
-                _LOG.info("%d of %d images", done, total)
+    _measure_missing(subject, protocols, limits, batches, store, config)
     estimate = partial(intervals, seed=config.seed, samples=config.bootstrap_samples)
     results = {
         "command": " ".join(["python", *sys.argv]),
@@ -252,6 +240,30 @@ def _protocols(
     for name in left_out:
         _LOG.info("The checkpoint has no head: the protocol %s is left out.", name)
     return {n: PROTOCOLS[n](subject, config) for n in names if n not in left_out}
+
+
+def _measure_missing(
+    subject: Subject,
+    protocols: Mapping[str, Protocol],
+    limits: Mapping[str, int],
+    batches: Iterator[tuple[Images, Labels]],
+    store: Store,
+    config: ml_collections.ConfigDict,
+) -> None:
+    """Measures and stores the batches that are not done."""
+    size, total = config.batch_size, max(limits.values())
+    key = jax.random.key(config.seed)
+    with tqdm.tqdm(total=total, unit=" images", disable=None) as bar:
+        for number, start in enumerate(range(0, total, size)):
+            images, labels = next(batches)
+            if not store.has(number):
+                case = Case(subject, images, labels, jax.random.fold_in(key, number))
+                counts = {name: limit - start for name, limit in limits.items()}
+                store.save(number, measure(case, protocols, counts))
+            done = min(start + size, total)
+            bar.update(done - bar.n)
+            if bar.disable:
+                _LOG.info("%d of %d images", done, total)
 
 
 def _summaries(
