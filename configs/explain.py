@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     # assign it within `config.ignore_type()`.
     config.image_size = config_dict.placeholder(int)
 
-    # The indicators to compute: mean, max, std, odds, rollout, knockout, propagated.
+    # The indicators to compute, names of wf_vit.measure.INDICATORS.
     # The last one, which should be the most faithful, is that of the figures, the
     # fields and the table; the page has all of them.
     config.indicators = ("mean", "knockout", "propagated")
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_probes = 16
     # Numbers of the layers, from 0; empty for all.
     config.layers = ()
-    # Whether each head is measured on its own too, at about twice the cost. A
+    # Whether each head is measured on its own too, in the same backward passes. A
     # window-free transformer's heads, which have learned fields, always are.
     config.heads = False
     # Share of its impact that a patch's responsive field holds. Large models listen to
@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.figures = True
     config.page = True
     # Images at once. An accelerator is faster with more; memory is about 8 times
-    # wf_vit.measure.bytes_per_image for each.
+    # wf_vit.models.recording.bytes_per_image for each.
     config.batch_size = 1
     config.seed = 0  # of the probes
     return config.lock()

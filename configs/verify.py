@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     # what the head reads ("pooled"), and its random probes, two forward passes each.
     config.target = "tokens"
     config.num_probes = 8
-    # Images at once; memory is about 8 times wf_vit.measure.bytes_per_image
+    # Images at once; memory is about 8 times wf_vit.models.recording.bytes_per_image
     # for each.
     config.batch_size = 100
     config.seed = 0  # of probes, random controls and resampling

@@ -7,6 +7,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from wf_vit.models import registry
+from wf_vit.models.registry import ModelConfig
 
 DATA = {
     "augment": {"mean": [0.5] * 3, "std": [0.5] * 3},
@@ -17,8 +18,8 @@ DATA = {
 
 def small_winft(num_classes, image_size, **changes):
     """The smallest window-free transformer, in patches of 4 pixels."""
-    config = registry.default_config("windowfree", "mu/4")
-    config.update({"dtype": "float32"} | changes)
+    changes = {"dtype": "float32"} | changes
+    config = ModelConfig(name="windowfree", variant="mu/4", **changes)
     return registry.create_model(config, num_classes=num_classes, image_size=image_size)
 
 

@@ -7,7 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from wf_vit.models import registry
-from wf_vit.train import loop, schedule
+from wf_vit.models.registry import ModelConfig
+from wf_vit.train import loop
+from wf_vit.train.config import durations
 from wf_vit.train.reporter import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +49,11 @@ def test_config(name, argument):
         config.batchsize = 3
     config.batch_size = 64
     config.warmup_steps = 3
-    steps = schedule.durations(config, num_train=64_000)
+    steps = durations(config, num_train=64_000)
     assert steps.warmup == 3
     assert steps.steps_per_epoch == 1000
     registry.create_model(
-        config.model, num_classes=10, image_size=config.data.image_size
+        ModelConfig.of(config.model), num_classes=10, image_size=config.data.image_size
     )
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"configs/{name}.py" in docstring

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
-from wf_vit import measure
-from wf_vit.models.windowfree import DROPPED
+from wf_vit.models import parameters, recording
+from wf_vit.models.attention import DROPPED
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
 
@@ -50,19 +51,8 @@ def images():
     return np.random.default_rng(0).normal(size=(5, 8, 12, 3)).astype(np.float32)
 
 
-def record_of(model, params, images, kind, **options):
-    """Joins the batches of one kind of recorded array."""
-    axis = 1 if kind in ("attention", "values") else 0
-    batches = measure.record(model, params, images, **options)
-    return np.concatenate([getattr(batch, kind) for batch in batches], axis)
-
-
 def impact_of(*args, **options):
-    return np.concatenate([b.impact for b in measure.propagate(*args, **options)], 1)
-
-
-def logit_effect_of(*args, **options):
-    return np.concatenate(list(measure.propagate_logit(*args, **options)), 1)
+    return measure.propagate(*args, **options)[0].impact
 
 
 def by_bias(model, params, images, read):
@@ -89,38 +79,33 @@ def by_bias(model, params, images, read):
 
 
 @pytest.mark.parametrize("model_class", [ViT, WindowFreeViT])
-def test_batches_join_to_what_the_model_records_at_once(model_class, images):
+def test_a_recording_is_what_the_model_records(model_class, images):
     model = model_class(**SIZES)
     params = random_params(model)
     whole = jax.jit(functools.partial(model.apply, record=True))
     logits, out = whole({"params": params}, images)
-    chosen = {"layers": (1, 0), "batch_size": 2}
+    got = measure.record(model, params, images, layers=(1, 0))
     for kind in ("attention", "values"):
-        got = record_of(model, params, images, kind, **chosen)
         whole = np.stack([out["records"][layer][kind] for layer in (1, 0)])
-        np.testing.assert_allclose(got, whole, atol=1e-6)
-    for kind, whole in (("logits", logits), ("tokens", out["tokens"])):
-        got = record_of(model, params, images, kind, **chosen)
-        np.testing.assert_allclose(got, whole, atol=1e-5)
-
-
-def test_a_shorter_last_batch_is_not_traced_again(params, images):
-    before = recording._record._cache_size()
-    batches = measure.record(MODEL, params, images, layers=(1,), batch_size=2)
-    assert [len(batch.logits) for batch in batches] == [2, 2, 1]
-    list(measure.record(MODEL, params, images[:4], layers=(1,), batch_size=2))
-    assert recording._record._cache_size() == before + 1
+        np.testing.assert_allclose(getattr(got, kind), whole, atol=1e-6)
+    np.testing.assert_allclose(got.logits, logits, atol=1e-5)
+    np.testing.assert_allclose(got.tokens, out["tokens"], atol=1e-5)
+    if model_class is ViT:
+        assert got.extents is None
+    else:
+        extents = np.stack([out["fields"][layer].extents for layer in (1, 0)])
+        np.testing.assert_allclose(got.extents, extents, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [None, (1,)])
 def test_the_stated_memory_is_what_is_returned(params, images, layers):
-    (batch,) = measure.record(MODEL, params, images, layers=layers)
-    size = sum(array.nbytes for array in batch)
-    assert size == len(images) * measure.bytes_per_image(MODEL, layers)
+    batch = measure.record(MODEL, params, images, layers=layers)
+    size = sum(array.nbytes for array in jax.tree.leaves(batch))
+    assert size == len(images) * recording.bytes_per_image(MODEL, layers)
 
 
 def test_the_scales_are_what_the_layer_norms_divide_by(params, images):
-    (batch,) = measure.record(MODEL, params, images)
+    batch = measure.record(MODEL, params, images)
     apply = functools.partial(MODEL.apply, {"params": params})
     streams = [apply(jnp.asarray(images), method="embed")]
     for layer in range(MODEL.depth):
@@ -156,13 +141,13 @@ def test_the_gain_of_a_head_is_that_of_its_map(params):
 
 def test_the_documented_size_of_a_small_vit():
     model = ViT(0, (224, 224), (14, 14), 384, 12, 1536, 6)
-    assert round(measure.bytes_per_image(model) / 1e6, 1) == 24.2
+    assert round(recording.bytes_per_image(model) / 1e6, 1) == 24.2
 
 
 def test_recordings_are_float32_whatever_the_model_computes_in(params, images):
     half = MODEL.clone(dtype=jnp.bfloat16)
-    (batch,) = measure.record(half, params, images)
-    assert {array.dtype for array in batch} == {jnp.dtype(jnp.float32)}
+    batch = measure.record(half, params, images)
+    assert {array.dtype for array in jax.tree.leaves(batch)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(batch.attention.sum(-1), 1, atol=1e-5)
 
 
@@ -180,14 +165,12 @@ def test_output_projection_is_that_of_the_layers_asked_for(params):
 @pytest.mark.parametrize("layers", [(), (2,), (-1,), (0, 0)])
 def test_unknown_layers_are_refused(params, images, layers):
     with pytest.raises(UsageError, match="layers 0 to 1"):
-        next(measure.record(MODEL, params, images, layers=layers))
+        measure.record(MODEL, params, images, layers=layers)
 
 
 def test_images_that_are_not_normalised_are_refused(params, images):
     with pytest.raises(UsageError, match=r"uint8, expected normalised"):
-        next(measure.record(MODEL, params, images.astype(np.uint8)))
-    with pytest.raises(UsageError, match="batch_size is 0"):
-        next(measure.record(MODEL, params, images, batch_size=0))
+        measure.record(MODEL, params, images.astype(np.uint8))
 
 
 # Propagation. The reference is the exact derivative by an additive attention bias.
@@ -200,8 +183,9 @@ def test_logit_effects_are_the_derivative_of_a_cut(params, images):
         return logits[np.arange(5), classes].sum()
 
     exact = by_bias(MODEL, params, jnp.asarray(images), read)
-    options = {"classes": classes, "prefix_tokens": True, "batch_size": 3}
-    got = logit_effect_of(MODEL, params, images, per_head=True, **options)
+    options = {"classes": classes, "prefix_tokens": True}
+    got = measure.propagate_logit(MODEL, params, images, per_head=True, **options)
+    got = np.asarray(got)
     np.testing.assert_allclose(got, exact, atol=1e-4 * np.abs(exact).max())
     # To the logits, only what the CLS token sees matters in the last layer.
     assert np.abs(got[-1, :, :, 0]).max() > 0
@@ -224,9 +208,10 @@ def test_propagated_impacts_converge_to_the_exact_jacobian(
     exact = np.moveaxis(exact if per_head else exact.sum(3), 0, -1)
     exact = np.linalg.norm(exact, axis=-1)
     options = {"target": target, "per_head": per_head, "prefix_tokens": True}
-    (got,) = measure.propagate(
+    got, _ = measure.propagate(
         model, params, images, key=jax.random.key(1), num_probes=1000, **options
     )
+    got = got.heads if per_head else got
     assert got.impact.shape == exact.shape
     error = np.linalg.norm(got.impact - exact, axis=(-2, -1))
     norm = np.linalg.norm(exact, axis=(-2, -1))
@@ -245,7 +230,7 @@ def test_cutting_one_interaction_changes_the_logit_as_predicted(params, images):
         **params["blocks_1"],
         "attention_scale": 0.01 * params["blocks_1"]["attention_scale"],
     }
-    effect = logit_effect_of(
+    effect = measure.propagate_logit(
         MODEL, weak, images[:1], classes=1, layers=[last], prefix_tokens=True
     )[0, 0]
 
@@ -281,11 +266,11 @@ def test_patches_and_layers_are_cut_out_of_the_whole(params, images, impact):
     assert not np.allclose(patches, impact, rtol=1e-2)
 
 
-def test_results_do_not_depend_on_the_batch_size(params, images, impact):
-    padded = impact_of(MODEL, params, images, batch_size=3, **OPTIONS)
-    np.testing.assert_allclose(padded, impact, rtol=1e-4, atol=1e-5)
+def test_an_image_does_not_depend_on_the_others(params, images, impact):
+    some = impact_of(MODEL, params, images[:3], **OPTIONS)
+    np.testing.assert_allclose(some, impact[:, :3], rtol=1e-4, atol=1e-5)
     # Every image has probes of its own.
-    same = impact_of(MODEL, params, images[[0, 0, 0]], batch_size=3, **OPTIONS)
+    same = impact_of(MODEL, params, images[[0, 0, 0]], **OPTIONS)
     assert np.abs(same[0, 0] - same[0, 1]).max() > 1e-3
 
 
@@ -306,12 +291,126 @@ def test_the_window_free_model_propagates_too(images, impact):
 def test_unknown_targets_and_classes_are_refused(params, images):
     key = jax.random.key(0)
     with pytest.raises(UsageError, match="call propagate_logit"):
-        next(measure.propagate(MODEL, params, images, target="logits", key=key))
+        measure.propagate(MODEL, params, images, target="logits", key=key)
     model = MODEL.clone(cls_token=False, pool="mean")
     with pytest.raises(UsageError, match="no CLS token"):
-        next(measure.propagate(model, params, images, target="cls", key=key))
+        measure.propagate(model, params, images, target="cls", key=key)
     for classes in (3, [0, 1, 2, 3, 0], -1):
         with pytest.raises(UsageError, match="has 3"):
-            next(measure.propagate_logit(MODEL, params, images, classes=classes))
+            measure.propagate_logit(MODEL, params, images, classes=classes)
     with pytest.raises(UsageError, match="one class, or one for each of 5 images"):
-        next(measure.propagate_logit(MODEL, params, images, classes=[0, 1]))
+        measure.propagate_logit(MODEL, params, images, classes=[0, 1])
+
+
+# Indicators by name.
+
+
+@pytest.mark.parametrize("name", measure.INDICATORS)
+def test_every_indicator_by_its_name(params, images, name):
+    options = {"key": jax.random.key(0), "num_probes": 2}
+    found = measure.impact(MODEL, params, images, name, per_head=True, **options)
+    recorded, prefix = found.recording, {"num_prefix_tokens": PREFIX}
+    matching = {
+        "knockout": lambda **o: indicators.knockout_impact(
+            recorded.attention,
+            recorded.values,
+            *parameters.output_projection(MODEL, params),
+            **prefix,
+            **o,
+        ),
+        "rollout": lambda **o: indicators.attention_rollout(
+            recorded.attention, **prefix, **o
+        ),
+        "propagated": lambda per_head=False: (
+            impact_of(MODEL, params, images, target="tokens", **options)
+            if not per_head
+            else measure.propagate(
+                MODEL, params, images, target="tokens", per_head=True, **options
+            )[0].heads.impact
+        ),
+    }
+    expected = matching.get(
+        name,
+        lambda **o: indicators.interaction_indicator(
+            recorded.attention,
+            method=name,
+            grid=(2, 3),
+            key=options["key"],
+            **prefix,
+            **o,
+        ),
+    )
+    shape = (2, 5, PATCHES, PATCHES)
+    assert found.impact.shape == shape
+    assert found.heads.shape == (*shape[:2], 2, *shape[2:])
+    np.testing.assert_allclose(found.impact, expected(), rtol=1e-5, atol=1e-6)
+    heads = expected(per_head=True)
+    np.testing.assert_allclose(found.heads, heads, rtol=1e-5, atol=1e-6)
+    assert (found.relative_error is not None) == (name == "propagated")
+
+
+def test_what_an_indicator_needs_is_asked_for(params, images):
+    impact = functools.partial(measure.impact, MODEL, params, images)
+    with pytest.raises(UsageError, match=r"'odd': choose one of mean, .*odds"):
+        impact("odd")
+    for name in ("propagated", "random"):
+        with pytest.raises(UsageError, match=r"no key: pass key=jax\.random\.key"):
+            impact(name)
+    with pytest.raises(UsageError, match="needs all layers"):
+        impact("rollout", layers=(1,))
+    everything = impact("rollout", layers=(0, 1)).impact
+    np.testing.assert_array_equal(everything, impact("rollout").impact)
+
+
+class Counted(ViT):
+    """A ViT that counts how often it is run, and pulled back through."""
+
+    def readout(self, tokens):
+        return super().readout(_counted(tokens))
+
+
+COUNTS = {"forward": 0, "backward": 0}
+
+
+def _count(kind):
+    COUNTS[kind] += 1
+
+
+@jax.custom_vjp
+def _counted(tokens):
+    return tokens
+
+
+def _counted_forward(tokens):
+    jax.debug.callback(functools.partial(_count, "forward"))
+    return tokens, None
+
+
+def _counted_backward(_, cotangent):
+    jax.debug.callback(functools.partial(_count, "backward"))
+    return (cotangent,)
+
+
+_counted.defvjp(_counted_forward, _counted_backward)
+
+
+@pytest.mark.parametrize("num_probes", [2, 5])
+def test_all_indicators_share_one_forward_pass(params, images, num_probes):
+    """A photograph: every indicator, fused and per head, and their recording."""
+    model, recording = Counted(**SIZES), None
+    COUNTS.update(forward=0, backward=0)
+    for name in ("propagated", "mean", "knockout", "rollout"):
+        found = measure.impact(
+            model,
+            params,
+            images[:1],
+            name,
+            per_head=True,
+            key=jax.random.key(0),
+            num_probes=num_probes,
+            recording=recording,
+        )
+        recording = found.recording
+    jax.block_until_ready(found)
+    jax.effects_barrier()
+    assert {"forward": 1, "backward": num_probes} == COUNTS

@@ -2,14 +2,15 @@
 
 Everything that measures a model comes through here: guidance, explanations, protocols
 and benchmarks. A call takes one batch, which the caller chooses to fit the memory
-(``bytes_per_image``). What runs the model is jitted for the model and the layers:
-calling it again traces nothing. Within ``jax.jit`` what is not used costs nothing.
+(``models.recording.bytes_per_image``). What runs the model is jitted for the model and
+the layers: calling it again traces nothing. Within ``jax.jit`` what is not used costs
+nothing.
 """
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Shaped
 from wf_vit import indicators
 from wf_vit.errors import UsageError
 from wf_vit.models.parameters import output_projection
+from wf_vit.models.recording import Recording, forward, linearize
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Params
 
@@ -42,27 +44,6 @@ OUTPUTS = ("tokens", "cls", "pooled")
 
 # On the host or the device; their dtype is checked with a message.
 AnyImages = Shaped[Array | np.ndarray, "B height width 3"]
-
-
-class Recording(NamedTuple):
-    """One batch of images, as the chosen layers saw it.
-
-    Attributes:
-      attention: weights after the softmax; rows sum to 1.
-      values: value vectors.
-      scale: what the layer norm before each chosen layer divides each token by, and,
-        last, the final norm.
-      extents: of the learned fields of a model that has them, in patches; else None.
-      tokens: the residual stream after the final norm.
-      logits: of the head, or the pooled representation of a model without one.
-    """
-
-    attention: Float[Array, "L B H N N"]
-    values: Float[Array, "L B N H K"]
-    scale: Float[Array, "layers_and_1 B N"]
-    extents: Float[Array, "L B H P 4"] | None
-    tokens: Float[Array, "B N D"]
-    logits: Float[Array, "B C"]
 
 
 class Impact(NamedTuple):
@@ -140,10 +121,11 @@ def impact(
         )
         heads = knockout.heads.impact if per_head else None
         return Impact(knockout.impact, heads, knockout.relative_error, recording)
-    if indicator == "rollout" and layers is not None:
+    chosen = model.check_layers(layers)
+    if indicator == "rollout" and chosen != model.check_layers(None):
         raise UsageError(
-            f"layers is {tuple(layers)}, but the rollout needs all layers: pass None, "
-            "or choose another indicator."
+            f"layers is {chosen}, but the rollout needs all layers: pass None, or "
+            "choose another indicator."
         )
     if recording is None:
         recording = record(model, params, images, layers=layers)
@@ -172,21 +154,6 @@ def impact(
             )
     heads = of(per_head=True) if per_head else None
     return Impact(of(per_head=False), heads, None, recording)
-
-
-def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
-    """Returns the size in bytes of one image in a ``Recording``, all in float32.
-
-    ``4 (L H N^2 + (L + 1) N (D + 1) + C)``: 24.2 MB for all layers of a ViT-S/14 at 224
-    pixels, nearly all of it attention, which grows with the fourth power of the
-    image's side. While it is computed a batch takes as much again, and one that is
-    propagated about 8 times as much, whatever the number of probes.
-    """
-    count = len(model.check_layers(layers))
-    tokens = model.num_tokens
-    attention = count * model.num_heads * tokens**2
-    streams = (count + 1) * tokens * (model.width + 1)
-    return 4 * (attention + streams + model.num_classes)
 
 
 def record(
@@ -339,67 +306,11 @@ def _check_images(images: AnyImages) -> None:
         )
 
 
-def _forward(
-    model: ViT,
-    layers: tuple[int, ...],
-    variables: dict[str, Any],
-    images: Images,
-) -> tuple[dict[str, Array], Recording]:
-    """Runs the model; returns its outputs by target, and the recording."""
-    logits, out = model.apply(variables, images, record=layers)
-    tokens = out["tokens"].astype(jnp.float32)
-    outputs = {"tokens": tokens, "cls": tokens[:, 0], "logits": logits}
-    outputs["pooled"] = out["pooled"].astype(jnp.float32)
-    records = [out["records"][layer] for layer in layers]
-    extents = [out["fields"][n].extents for n in layers if n in out["fields"]]
-    return outputs, Recording(
-        attention=jnp.stack([r["attention"] for r in records]),
-        values=jnp.stack([r["values"] for r in records]),
-        scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
-        extents=jnp.stack(extents) if extents else None,
-        tokens=tokens,
-        logits=logits,
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("model", "layers"))
 def _record(
     params: Params, images: Images, *, model: ViT, layers: tuple[int, ...]
 ) -> Recording:
-    return _forward(model, layers, {"params": params}, images)[1]
-
-
-def _linearize(
-    model: ViT,
-    layers: tuple[int, ...],
-    params: Params,
-    images: Images,
-    read: Callable[[dict[str, Array]], Array],
-) -> tuple[Array, Callable[[Array], Float[Array, "L B N D"]], Recording]:
-    """Runs the model once, to be differentiated with respect to its residual stream.
-
-    Returns:
-      What ``read`` makes of the outputs; the function that maps its cotangent to the
-      gradients right after the attention of each layer; and the recording.
-    """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["perturbations"]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    names = [f"blocks_{layer}" for layer in layers]
-
-    def forward(perturbed):
-        variables = {"params": params, "perturbations": zeros | perturbed}
-        outputs, recording = _forward(model, layers, variables, images)
-        return read(outputs), recording
-
-    output, pull_back, recording = jax.vjp(
-        forward, {name: zeros[name] for name in names}, has_aux=True
-    )
-
-    def gradients(cotangent):
-        (gradient,) = pull_back(cotangent)
-        return jnp.stack([gradient[name]["after_attention"] for name in names])
-
-    return output, gradients, recording
+    return forward(model, layers, {"params": params}, images)[1]
 
 
 @functools.partial(
@@ -427,7 +338,7 @@ def _propagate(
     shrink: bool,
     prefix_tokens: bool,
 ) -> tuple[indicators.PropagatedKnockout, Recording]:
-    output, gradients, recording = _linearize(
+    output, gradients, recording = linearize(
         model, layers, params, images, operator.itemgetter(target)
     )
     places = jnp.arange(images.shape[0])
@@ -470,7 +381,7 @@ def _propagate_logit(
     def read(outputs):
         return jnp.take_along_axis(outputs["logits"], classes[:, None], axis=1)[:, 0]
 
-    output, gradients, recording = _linearize(model, layers, params, images, read)
+    output, gradients, recording = linearize(model, layers, params, images, read)
     projection = output_projection(model, params, layers)
     return indicators.knockout_effect(
         recording.attention,

@@ -4,19 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from wf_vit.data import augment
-from wf_vit.data.config import default_config
+from wf_vit.data.config import Augmentation
 from wf_vit.errors import UsageError
 
 
 def _config(**settings):
-    config = default_config().augment
-    config.update(settings)
-    return config
+    return Augmentation(**settings)
 
 
 def _batch(size=8, height=12, width=16):
@@ -28,13 +25,12 @@ def _batch(size=8, height=12, width=16):
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))
 def _jitted(keys, images, labels, num_classes, config):
     return augment.augment_batch(
-        keys, images, labels, num_classes=num_classes, config=config
+        keys, images, labels, num_classes=num_classes, augmentation=config
     )
 
 
 def _augment(config, images, labels, seed=0, num_classes=10):
     keys = augment.example_keys(jax.random.key(seed), 0, len(labels))
-    config = ml_collections.FrozenConfigDict(config)
     return _jitted(keys, images, labels, num_classes, config)
 
 
@@ -81,7 +77,7 @@ def test_four_devices_equal_one():
         offset = jax.lax.axis_index("batch") * len(labels)
         keys = augment.example_keys(key, offset, len(labels))
         return augment.augment_batch(
-            keys, images, labels, num_classes=10, config=config
+            keys, images, labels, num_classes=10, augmentation=config
         )
 
     if jax.device_count() < 4:

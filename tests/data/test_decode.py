@@ -8,7 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from wf_vit.data import decode
-from wf_vit.data.config import default_config
+from wf_vit.data.config import View
 
 # Smooth, so that a resize can be compared; x runs in red, y in green.
 GRADIENT = np.stack(
@@ -17,13 +17,6 @@ GRADIENT = np.stack(
     ),
     axis=-1,
 ).astype(np.uint8)  # 80 high, 120 wide
-
-
-def _config(**settings):
-    config = default_config()
-    with config.ignore_type():
-        config.update(settings)
-    return config
 
 
 def _encode(image, kind, **kwargs):
@@ -58,10 +51,10 @@ def _convert(mode):
 )
 @pytest.mark.parametrize("crop", ["resized", "pad", "none"])
 def test_every_kind_of_file_becomes_rgb(mode, kind, crop):
-    config = _config(image_size=(80, 120), crop=crop, min_area=0.9, pad=0)
+    view = View((80, 120), crop=crop, min_area=0.9, pad=0)
     source = _convert(mode)
     data = _encode(source, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    image = decode.train_view(config)(data, tf.constant([1, 2], tf.int64))
+    image = decode.train_view(view)(data, tf.constant([1, 2], tf.int64))
     assert image.dtype == tf.uint8
     assert image.shape == (80, 120, 3)
     if crop != "resized":
@@ -72,7 +65,7 @@ def test_every_kind_of_file_becomes_rgb(mode, kind, crop):
 def test_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = _encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    image = decode.eval_view(_config(image_size=8))(data)
+    image = decode.eval_view(View(image_size=(8, 8)))(data)
     np.testing.assert_array_equal(image[0, 0], (255, 0, 0))
 
 
@@ -86,10 +79,10 @@ def test_animation_gives_its_first_frame():
     ],
 )
 def test_evaluation_resizes_the_central_window(kind, size, share, box):
-    config = _config(image_size=size, eval_resize=share)
+    view = View(image_size=size, eval_resize=share)
     exact = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     data = _encode(Image.fromarray(GRADIENT), kind, **exact)
-    image = decode.eval_view(config)(data).numpy()
+    image = decode.eval_view(view)(data).numpy()
     expected = Image.fromarray(GRADIENT).crop(box)
     expected = expected.resize(size[::-1], Image.Resampling.BILINEAR)
     assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 4
@@ -97,9 +90,9 @@ def test_evaluation_resizes_the_central_window(kind, size, share, box):
 
 def test_random_windows_keep_area_shape_and_place():
     """Decodes the window's own edges from the gradient."""
-    config = _config(crop="resized", min_area=0.25, image_size=(64, 64))
+    settings = View(image_size=(64, 64), crop="resized", min_area=0.25)
     data = _encode(Image.fromarray(GRADIENT), "PNG")
-    view = tf.function(decode.train_view(config))
+    view = tf.function(decode.train_view(settings))
     areas, lefts = [], []
     for index in range(100):
         image = view(data, tf.constant([index, 0], tf.int64)).numpy()
@@ -118,9 +111,9 @@ def test_random_windows_keep_area_shape_and_place():
 
 
 def test_padding_shifts_by_at_most_pad_pixels():
-    config = _config(crop="pad", pad=4, pad_mode="constant", image_size=(80, 120))
+    settings = View((80, 120), crop="pad", pad=4, pad_mode="constant")
     data = _encode(Image.fromarray(GRADIENT + 1), "PNG")
-    view = tf.function(decode.train_view(config))
+    view = tf.function(decode.train_view(settings))
     shifts = set()
     for index in range(60):
         image = view(data, tf.constant([index, 0], tf.int64)).numpy()

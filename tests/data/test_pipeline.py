@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from tests.data.datasets import dataset_of
 from wf_vit.data import pipeline
 from wf_vit.errors import UsageError
 
@@ -33,7 +34,7 @@ def _examples(batches, limit=None):
 
 def _epochs(config, count, **kwargs):
     """Returns the examples of the first epochs, from batches that straddle them."""
-    batches = pipeline.train_batches(config, batch_size=100, **kwargs)
+    batches = dataset_of(config).train_batches(batch_size=100, **kwargs)
     examples = _examples(_take(batches, -(-TRAIN * count // 100)))
     return [examples[i * TRAIN : (i + 1) * TRAIN] for i in range(count)]
 
@@ -41,7 +42,7 @@ def _epochs(config, count, **kwargs):
 def test_describe(digits):
     digits.eval = {"val": "train[90%:]", "test": "test"}
     digits.train = "train[:90%]"
-    info = pipeline.describe(digits)
+    info = dataset_of(digits).info
     assert info.num_classes == 10
     assert info.class_names == tuple("0123456789")
     assert info.num_examples == {"train": 1290, "val": 143, "test": TEST}
@@ -51,7 +52,7 @@ def test_describe(digits):
 def test_batches_have_the_stated_form(digits):
     with digits.ignore_type():
         digits.image_size = (12, 20)
-    batch = next(pipeline.train_batches(digits, batch_size=5, seed=0))
+    batch = next(dataset_of(digits).train_batches(batch_size=5, seed=0))
     assert batch.keys() == {"image", "label"}
     assert (batch["image"].shape, batch["image"].dtype) == ((5, 12, 20, 3), np.uint8)
     assert (batch["label"].shape, batch["label"].dtype) == ((5,), np.int32)
@@ -60,7 +61,7 @@ def test_batches_have_the_stated_form(digits):
 def test_every_epoch_has_every_example_once_in_a_new_order(digits):
     first, second = _epochs(digits, 2, seed=0)
     digits.eval = {"train": digits.train}
-    stored = _examples(pipeline.eval_batches(digits, "train", batch_size=100))
+    stored = _examples(dataset_of(digits).eval_batches("train", batch_size=100))
     assert len(stored) == TRAIN
     assert collections.Counter(first) == collections.Counter(stored)
     assert collections.Counter(second) == collections.Counter(stored)
@@ -75,16 +76,16 @@ def test_every_epoch_has_every_example_once_in_a_new_order(digits):
 def test_resume_gives_the_very_next_batches_bit_for_bit(digits, start):
     digits.crop = "resized"
     digits.shuffle_buffer = 60
-    batches = pipeline.train_batches(digits, batch_size=100, seed=3)
+    batches = dataset_of(digits).train_batches(batch_size=100, seed=3)
     expected = _take(batches, start + 2)[start:]
-    resumed = pipeline.train_batches(digits, batch_size=100, seed=3, start_step=start)
+    resumed = dataset_of(digits).train_batches(batch_size=100, seed=3, start_step=start)
     for ours, theirs in zip(_take(resumed, 2), expected, strict=True):
         np.testing.assert_array_equal(ours["image"], theirs["image"])
         np.testing.assert_array_equal(ours["label"], theirs["label"])
 
 
 def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch):
-    source = pipeline.open_source(digits)
+    source = pipeline.open_source(digits.name, digits.data_dir)
     epochs, reads, decodes = [], [], []
 
     def note(value, log):
@@ -103,9 +104,9 @@ def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch
         return {**record, "label": note(record["label"], decodes)}
 
     spy = dataclasses.replace(source, read=read, load=load)
-    monkeypatch.setattr(pipeline, "open_source", lambda config: spy)
+    monkeypatch.setattr(pipeline, "open_source", lambda name, data_dir: spy)
     digits.shuffle_buffer = 50
-    next(pipeline.train_batches(digits, batch_size=7, seed=5, start_step=180))
+    next(dataset_of(digits).train_batches(batch_size=7, seed=5, start_step=180))
     assert [epoch - (5 << 32) for epoch in epochs] == [3]
     skipped = 180 * 7 - 3 * TRAIN
     assert skipped + 7 <= len(reads) < TRAIN
@@ -117,8 +118,8 @@ def test_processes_share_an_epoch_and_crops_do_not_depend_on_them(digits):
     (whole,) = _epochs(digits, 1, seed=0)
     shares = []
     for index, size in enumerate([120, 119, 119]):
-        batches = pipeline.train_batches(
-            digits, batch_size=100, seed=0, process_index=index, process_count=3
+        batches = dataset_of(digits).train_batches(
+            batch_size=100, seed=0, process_index=index, process_count=3
         )
         shares += _examples(_take(batches, 2), size)
     assert collections.Counter(shares) == collections.Counter(whole)
@@ -138,8 +139,7 @@ def test_crops_change_with_epoch_and_seed(digits):
 def test_evaluation_counts_every_example_once(digits, processes, batch_size):
     shares = [
         list(
-            pipeline.eval_batches(
-                digits,
+            dataset_of(digits).eval_batches(
                 "test",
                 batch_size=batch_size,
                 process_index=index,
@@ -169,8 +169,8 @@ def test_evaluation_with_more_processes_than_examples(digits):
     masks = [
         [
             batch["mask"].tolist()
-            for batch in pipeline.eval_batches(
-                digits, "few", batch_size=2, process_index=index, process_count=3
+            for batch in dataset_of(digits).eval_batches(
+                "few", batch_size=2, process_index=index, process_count=3
             )
         ]
         for index in range(3)
@@ -181,23 +181,23 @@ def test_evaluation_with_more_processes_than_examples(digits):
 def test_training_with_more_processes_than_examples_is_refused(digits):
     digits.train = "train[:2]"
     with pytest.raises(UsageError, match="fewer examples than the 3 processes"):
-        pipeline.train_batches(digits, batch_size=1, seed=0, process_count=3)
+        dataset_of(digits).train_batches(batch_size=1, seed=0, process_count=3)
 
 
 def test_wrong_settings_are_refused_at_once(digits):
     with pytest.raises(UsageError, match=r"no split 'val'.*'test'"):
-        pipeline.eval_batches(digits, "val", batch_size=4)
+        dataset_of(digits).eval_batches("val", batch_size=4)
     digits.crop = "center"
     with pytest.raises(UsageError, match=r"'center'.*'resized'"):
-        pipeline.train_batches(digits, batch_size=4, seed=0)
+        dataset_of(digits).train_batches(batch_size=4, seed=0)
 
 
 def test_tfrecords_known_by_their_folder_only(cifar10):
-    info = pipeline.describe(cifar10)
+    info = dataset_of(cifar10).info
     assert info.num_examples == {"train": 50_000, "test": 10_000}
     assert info.class_names[:2] == ("airplane", "automobile")
     cifar10.eval = {"some": "test[:64]"}
-    (batch,) = pipeline.eval_batches(cifar10, "some", batch_size=64)
+    (batch,) = dataset_of(cifar10).eval_batches("some", batch_size=64)
     builder = tfds.builder(cifar10.name, data_dir=cifar10.data_dir)
     stored = list(builder.as_dataset(split="test[:64]").as_numpy_iterator())
     images = np.stack([record["image"] for record in stored]).astype(int)
@@ -214,15 +214,15 @@ def test_mocked_imagenet(digits, policy):
     digits.crop = "resized"
     policy = tfds.testing.MockPolicy[policy]
     with tfds.testing.mock_data(num_examples=10, policy=policy):
-        info = pipeline.describe(digits)
+        info = dataset_of(digits).info
         assert info.num_classes == 1000
         assert info.num_examples == {"train": 10, "minival": 10, "val": 10}
-        batches = pipeline.train_batches(
-            digits, batch_size=8, seed=0, start_step=2, process_count=2
+        batches = dataset_of(digits).train_batches(
+            batch_size=8, seed=0, start_step=2, process_count=2
         )
         assert [b["image"].shape for b in _take(batches, 3)] == [(8, 8, 8, 3)] * 3
         masks = [
             batch["mask"].sum()
-            for batch in pipeline.eval_batches(digits, "minival", batch_size=8)
+            for batch in dataset_of(digits).eval_batches("minival", batch_size=8)
         ]
         assert masks == [8, 2]

@@ -8,8 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tests.data.datasets import dataset_of
 from wf_vit.data import digits as digits_module
-from wf_vit.data import folder_source, pipeline
+from wf_vit.data import folder_source
 from wf_vit.data.config import default_config
 from wf_vit.data.folder_source import open_folder
 from wf_vit.data.tfds_source import open_tfds
@@ -101,7 +102,7 @@ def test_wrong_names_are_explained(tmp_path, name, message):
 def test_wrong_splits_are_explained(digits, split):
     digits.train = split
     with pytest.raises(UsageError, match=r"'train' \(1433 examples\)"):
-        pipeline.describe(digits)
+        dataset_of(digits)
 
 
 # --- Digits
@@ -194,13 +195,13 @@ def test_folder_feeds_the_pipeline(classes):
     config = _folder_config(classes)
     config.image_size = 16
     config.crop = "resized"
-    info = pipeline.describe(config)
+    info = dataset_of(config).info
     assert info.num_examples == {"train": 24, "test": 6}
-    batches = pipeline.train_batches(config, batch_size=24, seed=0)
+    batches = dataset_of(config).train_batches(batch_size=24, seed=0)
     epochs = [next(batches)["image"] for _ in range(2)]
-    resumed = pipeline.train_batches(config, batch_size=8, seed=0, start_step=4)
+    resumed = dataset_of(config).train_batches(batch_size=8, seed=0, start_step=4)
     np.testing.assert_array_equal(next(resumed)["image"], epochs[1][8:16])
-    (batch,) = pipeline.eval_batches(config, "test", batch_size=8)
+    (batch,) = dataset_of(config).eval_batches("test", batch_size=8)
     assert batch["mask"].sum() == 6
 
 
@@ -221,9 +222,9 @@ def test_a_broken_image_is_named(classes, evaluate):
     (classes / broken).write_bytes(data[: len(data) // 3])
     config = _folder_config(classes)
     if evaluate:
-        batches = pipeline.eval_batches(config, "test", batch_size=2)
+        batches = dataset_of(config).eval_batches("test", batch_size=2)
     else:
-        batches = pipeline.train_batches(config, batch_size=2, seed=0)
+        batches = dataset_of(config).train_batches(batch_size=2, seed=0)
     with pytest.raises(UsageError, match=f"{broken} cannot be decoded"):
         collections.deque(batches)
 

@@ -10,9 +10,8 @@ import pytest
 from tests.networks import SMALL, images_for, random_params
 from wf_vit import interventions
 from wf_vit.errors import UsageError
-from wf_vit.models.windowfree import FieldConfig
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 
 BATCH, PATCHES, START = 2, 12, 1
 SIZE = SMALL | {"num_registers": 2}

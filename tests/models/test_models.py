@@ -10,9 +10,9 @@ import pytest
 from tests.networks import SMALL, images_for, random_params
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
-from wf_vit.models.windowfree import FieldConfig
+from wf_vit.models.registry import ModelConfig
 from wf_vit.models.vit import ViT, sincos_positions
-from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 
 # Exact sizes at 224 px and 1,000 classes: mean pooling and fixed positions, as the
 # ImageNet configs have them. A model that is not listed fails a test.
@@ -31,8 +31,6 @@ PARAMETERS = {
     ("relative_bias", "S/16"): 22_027_120,
     ("gaussian", "mu/16"): 83_080,
     ("gaussian", "S/16"): 21_974_632,
-    ("learned_gaussian", "mu/16"): 83_084,
-    ("learned_gaussian", "S/16"): 21_974_704,
     ("growing_window", "mu/16"): 83_080,
     ("growing_window", "S/16"): 21_974_632,
     ("static_fields", "mu/16"): 83_096,
@@ -56,7 +54,7 @@ def test_every_model_and_every_size_has_a_parameter_count():
 
 @pytest.mark.parametrize(("name", "variant"), PARAMETERS)
 def test_parameter_count(name, variant):
-    config = registry.default_config(name, variant)
+    config = ModelConfig(name=name, variant=variant)
     model = registry.create_model(config, num_classes=1000, image_size=224)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
@@ -199,10 +197,10 @@ def test_contradictions_are_named(change, message):
 
 
 def test_unknown_names_suggest_the_nearest():
-    config = registry.default_config("windowfre", "S/16")
+    config = ModelConfig(name="windowfre", variant="S/16")
     with pytest.raises(UsageError, match="did you mean 'windowfree'"):
         registry.create_model(config, num_classes=10, image_size=32)
-    config = registry.default_config("vit", "S16")
+    config = ModelConfig(name="vit", variant="S16")
     with pytest.raises(UsageError, match="such as S/16"):
         registry.create_model(config, num_classes=10, image_size=32)
 

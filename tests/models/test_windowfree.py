@@ -7,8 +7,8 @@ import pytest
 
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
+from wf_vit.models.attention import DROPPED
 from wf_vit.models.windowfree import (
-    DROPPED,
     FieldConfig,
     PredictedFields,
     inverse_softplus,
@@ -92,53 +92,24 @@ def test_fields_of_later_layers_start_wider_until_they_reach_across_the_grid():
     )
 
 
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("source", ["normed", "stream", "queries"])
-def test_prediction_reads_its_source_only(source, per_head):
-    if source == "queries" and not per_head:
-        pytest.skip("queries differ by head")
-    config = FieldConfig(extents=(1.0,), source=source, per_head=per_head)
-    module = PredictedFields(num_heads=2, grid=GRID, config=config, layer=0)
-    shapes = {"normed": (2, 16, 8), "stream": (2, 16, 8), "queries": (2, 16, 2, 4)}
-    values = {
-        name: jax.random.normal(jax.random.key(i), shape)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-
-    def extents(changed=None):
-        given = {k: v + (k == changed) for k, v in values.items()}
-        x, stream, query = given.values()
-        variables = module.init(jax.random.key(1), x, query=query, stream=stream)
-        assert variables["params"]["extents"]["bias"].shape == (1 + per_head, 4)
-        # The kernel starts at zero, so that fields start as configured.
-        variables = jax.tree.map(
-            lambda p: p + 0.1 * jnp.arange(p.size).reshape(p.shape), variables
-        )
-        return module.apply(variables, x, query=query, stream=stream).extents
-
-    base = extents()
-    assert np.all(base[:, 0] == base[:, 1]) == (not per_head)
-    for name in values:
-        assert np.any(extents(changed=name) != base) == (name == source), name
-
-
-def test_queries_predict_the_fields_of_their_own_head():
-    config = FieldConfig(source="queries")
-    module = PredictedFields(num_heads=2, grid=GRID, config=config, layer=0)
-    x = jnp.zeros((1, 15, 8))
-    query = jax.random.normal(jax.random.key(0), (1, 15, 2, 4))
-    variables = module.init(jax.random.key(1), x, query=query)
-    variables = jax.tree.map(jnp.ones_like, variables)
-    extents = module.apply(variables, x, query=query).extents
-    expected = jax.nn.softplus(1 + query.sum(-1))
-    for side in range(4):
-        np.testing.assert_allclose(
-            extents[0, ..., side], jnp.moveaxis(expected, 2, 1)[0], rtol=1e-5
-        )
+def test_every_patch_and_head_predicts_its_own_field():
+    module = PredictedFields(num_heads=2, grid=GRID, config=FieldConfig(), layer=0)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 8))  # One prefix token.
+    variables = module.init(jax.random.key(1), x)
+    # The kernel starts at zero, so that fields start as configured.
+    variables = jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), variables
+    )
+    base = module.apply(variables, x).extents
+    assert np.all(np.abs(base[:, 0] - base[:, 1]).max(-1) > 0)
+    changed = module.apply(variables, x.at[1, 1 + 4].add(1.0)).extents != base
+    where = np.zeros((2, 15), bool)
+    where[1, 4] = True
+    np.testing.assert_array_equal(changed.any((1, 3)), where)
 
 
 @pytest.mark.parametrize("softness", [0.5, 2.0])
-def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
+def test_an_extent_of_zero_covers_the_grid_and_still_has_a_gradient(softness):
     config = FieldConfig(extents=(0.0,), softness=softness)
     module = PredictedFields(num_heads=1, grid=(3, 28), config=config, layer=0)
     x = jax.random.normal(jax.random.key(0), (1, 84, 4))
@@ -160,8 +131,6 @@ def test_radius_zero_covers_the_grid_and_still_has_a_gradient(softness):
         ({"growth": -0.5}, "expected 0"),
         ({"softness": 0.0}, "a softness above 0"),
         ({"threshold": 1.0}, "below 1"),
-        ({"source": "values"}, "choose one of normed, stream, queries"),
-        ({"source": "queries", "per_head": False}, "differs by head"),
     ],
 )
 def test_impossible_fields_are_named(options, message):

@@ -2,13 +2,13 @@
 
 import pytest
 
-from wf_vit.train import recipe
+from wf_vit.train.config import default_config, set_duration
 
 
 @pytest.fixture
 def digits_config():
     """Four steps of batch 16 on digits; a model with fields, everything switched on."""
-    config = recipe.default_config("windowfree", "mu/4")
+    config = default_config("windowfree", "mu/4")
     config.model.dtype = "float32"
     config.data.name = "digits"
     config.data.image_size = 16
@@ -22,10 +22,10 @@ def digits_config():
     config.optimizer.learning_rate = 1e-2
     config.guidance.weight = 0.5
     config.guidance.indicator = "random"
-    recipe.set_duration(config, "guidance", steps=3)
-    recipe.set_duration(config, "total", steps=4)
-    recipe.set_duration(config, "warmup", steps=1)
-    recipe.set_duration(config, "log", steps=1)
-    recipe.set_duration(config, "eval", steps=2)
-    recipe.set_duration(config, "checkpoint", steps=2)
+    set_duration(config, "guidance", steps=3)
+    set_duration(config, "total", steps=4)
+    set_duration(config, "warmup", steps=1)
+    set_duration(config, "log", steps=1)
+    set_duration(config, "eval", steps=2)
+    set_duration(config, "checkpoint", steps=2)
     return config.lock()

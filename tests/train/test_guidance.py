@@ -7,72 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.train.taught import (
+    MEAN,
+    STD,
+    guide,
+    images_for,
+    keys,
+    random_rows,
+    target,
+    taught_by,
+    vit,
+)
 from wf_vit import grid as geometry
 from wf_vit import indicators
+from wf_vit.data.config import DataInfo
 from wf_vit.errors import UsageError
-from wf_vit import measure, registry
+from wf_vit.models import registry
+from wf_vit.models.registry import ModelConfig
 from wf_vit.models.windowfree import make_fields
-from wf_vit.models.vit import ViT
 from wf_vit.train import guidance as guiding
-from wf_vit.train import state, teacher
+from wf_vit.train.config import resolve
+from wf_vit.train.teacher import Teacher
 
+INFO = DataInfo(tuple("0123456789"), {"train": 64}, (16, 16))
 GRID = (3, 5)
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-def guide(**options):
-    defaults = {
-        "weight": 2.0,
-        "area_weight": 0.3,
-        "duration": 10,
-        "indicator": "mean",
-        "num_probes": 2,
-        "teacher": None,
-        "match": "fields",
-        "per_head": False,
-    }
-    return guiding.Guidance(**{**defaults, **options})
-
-
-def vit(**options):
-    sizes = {
-        "num_classes": 3,
-        "image_size": (12, 20),
-        "patch_size": (4, 4),
-        "width": 8,
-        "depth": 3,
-        "mlp_dim": 8,
-        "num_heads": 2,
-    }
-    return ViT(**{**sizes, **options})
-
-
-def random_rows(seed, *shape):
-    return jax.nn.softmax(2 * jax.random.normal(jax.random.key(seed), shape))
 
 
 def random_fields(seed, heads=4, threshold=0.0):
     extents = 3 * jax.random.uniform(jax.random.key(seed), (2, heads, 15, 4))
     return make_fields(extents, grid=GRID, softness=0.5, threshold=threshold)
-
-
-def keys(count=2):
-    return jax.random.split(jax.random.key(7), count)
-
-
-def images_for(model, batch=2):
-    return jax.random.normal(jax.random.key(9), (batch, *model.image_size, 3))
-
-
-def taught_by(model, indicator, seed=1, **options):
-    teacher = guiding.Teacher(model, mean=MEAN, std=STD)
-    params = jax.tree.map(lambda p: 3 * p, state.init_params(model, seed))
-    return guide(indicator=indicator, teacher=teacher, **options), params
-
-
-def target(guidance, params, images, student, **normal):
-    normal = {"mean": MEAN, "std": STD, **normal}
-    return guiding.target(guidance, params, images, keys(), student=student, **normal)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
@@ -182,108 +145,6 @@ def test_no_array_has_heads_and_pairs_of_patches():
     assert max(sizes) < 2 * 4 * 15 * 15
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("indicator", ["mean", "odds", "knockout", "propagated"])
-def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
-    teacher, student = vit(num_registers=1), vit()
-    guidance, params = taught_by(teacher, indicator, per_head=per_head)
-    images = images_for(student)
-    got = jax.jit(lambda p, x: target(guidance, p, x, student))(params, images)
-    assert got.shape == (3, 2, *((2,) if per_head else ()), 15, 15)
-    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
-    (recorded,) = measure.record(teacher, params, images)
-    options = {"num_prefix_tokens": 2, "normalize": True, "per_head": per_head}
-    if indicator == "propagated":
-        (knockout,) = measure.propagate(
-            teacher,
-            params,
-            images,
-            target="tokens",
-            key=keys()[0],
-            num_probes=2,
-            per_head=per_head,
-        )
-        expected = knockout.impact / knockout.impact.sum(-1, keepdims=True)
-    elif indicator == "knockout":
-        projection = parameters.output_projection(teacher, params)
-        expected = indicators.knockout_impact(
-            recorded.attention, recorded.values, *projection, **options
-        )
-    else:
-        expected = indicators.interaction_indicator(
-            recorded.attention, method=indicator, **options
-        )
-    # A row of which nothing is known, as all of it falls on one key, is even.
-    known = expected.sum(-1, keepdims=True) > 0
-    expected = np.where(known, expected, 1 / 15)
-    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("deep", "shallow", "expected"),
-    [(5, 3, [0, 2, 4]), (3, 5, [0, 1, 1, 2, 2]), (4, 1, [0]), (12, 4, [0, 4, 7, 11])],
-)
-def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
-    teacher = vit(depth=deep)
-    guidance, params = taught_by(teacher, "mean")
-    images = images_for(teacher)
-    got = target(guidance, params, images, vit(depth=shallow))
-    whole = target(guidance, params, images, teacher)
-    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=1e-4, atol=1e-7)
-
-
-def test_the_teacher_sees_the_images_in_its_own_normalisation_and_size():
-    teacher, student = vit(image_size=(24, 40), patch_size=(8, 8)), vit()
-    pixels = jax.random.uniform(jax.random.key(0), (2, 12, 20, 3))
-    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    own_mean, own_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    def normal(x, mean, std):
-        return (x - np.float32(mean)[None, None, None]) / np.float32(std)[
-            None, None, None
-        ]
-
-    seen = guiding.renormalized(
-        normal(pixels, mean, std),
-        student.image_size,
-        mean,
-        std,
-        guiding.Teacher(teacher, own_mean, own_std),
-    )
-    resized = jax.image.resize(pixels, (2, 24, 40, 3), "bilinear")
-    np.testing.assert_allclose(seen, normal(resized, own_mean, own_std), atol=1e-5)
-    same = guiding.Teacher(student, own_mean, own_std)
-    seen = guiding.renormalized(normal(pixels, mean, std), (12, 20), mean, std, same)
-    np.testing.assert_allclose(seen, normal(pixels, own_mean, own_std), atol=1e-5)
-
-
-def test_resampling_pools_repeats_and_keeps_rows_distributions():
-    impact = random_rows(0, 2, 24, 24)
-    np.testing.assert_array_equal(guiding.resample(impact, (4, 6), (4, 6)), impact)
-    # Half the grid: the mean over 4 queries of the sum over 4 keys.
-    halved = guiding.resample(impact, (4, 6), (2, 3))
-    blocks = impact.reshape(2, 2, 2, 3, 2, 2, 2, 3, 2)
-    expected = blocks.sum((6, 8)).mean((2, 4)).reshape(2, 6, 6)
-    np.testing.assert_allclose(halved, expected, rtol=1e-5)
-    # Twice the grid: what a patch is listened to is spread over its four.
-    doubled = guiding.resample(impact, (4, 6), (8, 12))
-    fine = doubled.reshape(2, 4, 2, 6, 2, 4, 2, 6, 2)
-    corner = impact.reshape(2, 4, 6, 4, 6) / 4
-    np.testing.assert_allclose(fine[:, :, 1, :, 0, :, 0, :, 1], corner, rtol=1e-5)
-    odd = guiding.resample(impact, (4, 6), (3, 7))
-    np.testing.assert_allclose(odd.sum(-1), 1, rtol=1e-5)
-    even = guiding.resample(jnp.full((24, 24), 1 / 24), (4, 6), (3, 7))
-    np.testing.assert_allclose(even, 1 / 21, rtol=1e-5)
-
-
-def test_a_teacher_of_another_grid_teaches():
-    teacher = vit(image_size=(8, 12), patch_size=(2, 2))  # A grid of 4 x 6.
-    guidance, params = taught_by(teacher, "mean")
-    got = target(guidance, params, images_for(vit()), vit())
-    assert got.shape == (3, 2, 15, 15)
-    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
-
-
 def test_untaught_targets_are_the_controls_they_say():
     student, images = vit(), images_for(vit())
     near = target(guide(indicator="distance"), None, images, student)
@@ -353,7 +214,7 @@ def test_attention_is_taught_with_the_weight_of_the_step(step, share, per_head):
     student = vit(num_registers=2)
     guidance, params = taught_by(student, "mean", match="attention", per_head=per_head)
     images = images_for(student)
-    own = state.init_params(student, 5)
+    own = registry.init_params(student, 5)
     _, outputs = student.apply({"params": own}, images, record=True)
     normal = {"mean": MEAN, "std": STD}
     loss, metrics = guiding.guide(
@@ -375,28 +236,22 @@ def test_attention_is_taught_with_the_weight_of_the_step(step, share, per_head):
     np.testing.assert_allclose(metrics["attention_divergence"], shown, rtol=1e-4)
 
 
-def test_heads_that_cannot_be_paired_are_named():
-    guidance, params = taught_by(vit(num_heads=4), "mean", per_head=True)
-    with pytest.raises(UsageError, match="the teacher has 4 heads and the student 2"):
-        target(guidance, params, images_for(vit()), vit())
-
-
 def test_a_config_becomes_guidance(digits_config):
-    guidance, params = teacher.guidance_and_teacher(digits_config, duration=4)
-    assert params is None
+    training = resolve(digits_config, INFO)
+    assert training.teacher_params is None
+    guidance = training.objective.guidance
     assert guidance.teacher is None
-    assert (guidance.weight, guidance.duration) == (0.5, 4)
+    assert (guidance.weight, guidance.duration) == (0.5, 3)
     assert guidance.indicator == "random"
     digits_config.guidance.weight = 0.0
-    nothing = teacher.guidance_and_teacher(digits_config, duration=4)
-    assert nothing == (None, None)
+    assert resolve(digits_config, INFO).objective.guidance is None
 
 
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         ("windowfree", {"weight": 0.0, "teacher": "somewhere"}, "its weight is 0"),
-        ("vit", {"match": "fields"}, "'vit' has no fields to guide: use windowfree or"),
+        ("vit", {"match": "fields"}, "a ViT has no fields to guide: set"),
         ("windowfree", {"match": "values"}, "choose one of fields, attention"),
         ("windowfree", {"indicator": "mean"}, "attention has no area"),
         ("windowfree", {"indicator": "max_"}, "choose one of mean"),
@@ -407,23 +262,23 @@ def test_contradictions_are_named(digits_config, model, options, message):
     digits_config.model.name = model
     digits_config.guidance.update(options)
     with pytest.raises(UsageError, match=message):
-        teacher.guidance_and_teacher(digits_config, duration=4)
+        resolve(digits_config, INFO)
 
 
 def test_a_teacher_and_a_target_without_one_contradict():
     with pytest.raises(UsageError, match="needs no teacher"):
-        guide(indicator="random", teacher=guiding.Teacher(vit(), MEAN, STD))
+        guide(indicator="random", teacher=Teacher(vit(), MEAN, STD))
 
 
 def test_models_with_guidable_fields_are_those_listed():
     for name in registry.MODELS:
-        config = registry.default_config(name, "mu/4")
+        config = ModelConfig(name=name, variant="mu/4")
         model = registry.create_model(config, num_classes=2, image_size=8)
         images = jnp.zeros((1, 8, 8, 3))
         _, out = jax.eval_shape(
             lambda x, m=model: m.init_with_output(jax.random.key(0), x)[0], images
         )
-        assert bool(out["fields"]) == (name in registry.FIELD_MODELS)
+        assert bool(out["fields"]) == isinstance(model, registry.FIELD_MODELS)
 
 
 @pytest.mark.parametrize(("area_weight", "sign"), [(0.5, -1), (1.0, 0), (2.0, 1)])

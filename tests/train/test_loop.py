@@ -7,20 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wf_vit.data import pipeline
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.windowfree import WindowFreeViT
-from wf_vit.train import loop, report, schedule
+from wf_vit.train import loop
 from wf_vit.train.checkpoint import Checkpoints
-from wf_vit.train.reporter import Reporter, read_jsonl
+from wf_vit.train.reporter import Reporter, read_jsonl, save_config
 from wf_vit.train.state import init_state
 
 
 def last_state(config, workdir, which="last"):
-    experiment = loop.build(config)
-    optimizer = schedule.make_optimizer(config, experiment.durations)
-    template = init_state(experiment.params, optimizer, ema=config.ema_decay > 0)
+    template = loop.open_run(config).training.start()
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(template, which=which)
 
@@ -86,26 +83,25 @@ def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_
     # And the importer opens the folder: the same model, the averaged parameters.
     loaded = pretrained.load(tmp_path)
     state = last_state(digits_config, tmp_path)
-    assert loaded.model == loop.build(digits_config).model
+    assert loaded.model == loop.open_run(digits_config).training.model
     jax.tree.map(np.testing.assert_array_equal, loaded.params, state.ema_params)
 
 
 def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path):
     """Started from a run of ViT, fields that cover the grid give what ViT gave."""
     digits_config.model.name = "vit"
-    vit = loop.build(digits_config)
+    vit = loop.open_run(digits_config).training
     kernel = vit.params["head"]["kernel"]
     head = {"kernel": jax.random.normal(jax.random.key(0), kernel.shape)}
     params = {**vit.params, "head": {**vit.params["head"], **head}}
-    optimizer = schedule.make_optimizer(digits_config, vit.durations)
-    report.save_config(digits_config, tmp_path)
+    save_config(digits_config, tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(init_state(params, optimizer, ema=True), vit.meta, 0.5)
+        checkpoints.save(init_state(params, vit.optimizer, ema=True), vit.meta, 0.5)
 
     digits_config.init_from = str(tmp_path)
     digits_config.model.name = "windowfree"
     digits_config.model.fields.extents = (0.0,)
-    winft = loop.build(digits_config)
+    winft = loop.open_run(digits_config).training
     assert isinstance(winft.model, WindowFreeViT)
     image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     expected, _ = vit.model.apply({"params": params}, image)
@@ -116,23 +112,22 @@ def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path
     digits_config.model.name = "vit"
     digits_config.init_from = str(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="nowhere"):
-        loop.build(digits_config)
+        loop.open_run(digits_config)
 
 
 def test_evaluation_counts_every_example_once(digits_config):
     """360 odd test images do not fill batches of 100 on four devices."""
-    experiment = loop.build(digits_config)
-    params = dict(experiment.params)
+    run = loop.open_run(digits_config)
+    params = dict(run.training.params)
     kernel = jax.random.normal(jax.random.key(0), params["head"]["kernel"].shape)
     params["head"] = {**params["head"], "kernel": kernel}
-    got = loop.evaluate_splits(experiment, params)
-    total = experiment.info.num_examples["test"]
+    got = run.evaluate(params)
+    total = run.data.info.num_examples["test"]
     assert total % 100
-    batches = pipeline.eval_batches(digits_config.data, "test", batch_size=total)
-    (batch,) = list(batches)
+    (batch,) = run.data.eval_batches("test", batch_size=total)
     assert batch["mask"].all()
     images = (batch["image"] / np.float32(255) - 0.5) / 0.5
-    logits, _ = experiment.model.apply({"params": params}, jnp.asarray(images))
+    logits, _ = run.training.model.apply({"params": params}, jnp.asarray(images))
     expected = (logits.argmax(-1) == batch["label"]).mean()
     assert got["test/top1"] == pytest.approx(float(expected))
     losses = -jax.nn.log_softmax(logits)[np.arange(total), batch["label"]]
@@ -153,9 +148,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_
 
 
 def test_best_and_last_checkpoints_are_kept(digits_config, tmp_path):
-    experiment = loop.build(digits_config)
-    optimizer = schedule.make_optimizer(digits_config, experiment.durations)
-    start = init_state(experiment.params, optimizer, ema=True)
+    start = loop.open_run(digits_config).training.start()
     with Checkpoints(tmp_path) as checkpoints:
         for step, top1 in enumerate([0.2, 0.9, None, 0.5, None], start=1):
             checkpoints.save(start.replace(step=jnp.int32(step)), {}, top1)
@@ -191,4 +184,4 @@ def test_missing_checkpoints_and_unwritable_folders_are_named(digits_config, tmp
 def test_batches_that_cannot_be_shared_are_named(digits_config, change, message):
     digits_config.update(change)
     with pytest.raises(UsageError, match=message):
-        loop.build(digits_config)
+        loop.open_run(digits_config)

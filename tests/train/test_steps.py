@@ -10,28 +10,30 @@ import optax
 import pytest
 
 from wf_vit.data import augment
+from wf_vit.data.config import DataInfo
 from wf_vit.models import registry
-from wf_vit.train import guidance, parallel, schedule, state, steps
+from wf_vit.models.registry import ModelConfig
+from wf_vit.train import guidance, parallel, state, steps
+from wf_vit.train.config import resolve
+from wf_vit.train.teacher import Teacher
 
 BATCH = 16
 
 
 @pytest.fixture
 def experiment(digits_config):
-    model = registry.create_model(digits_config.model, num_classes=10, image_size=16)
-    optimizer = schedule.make_optimizer(
-        digits_config, schedule.durations(digits_config, 1000)
-    )
-    params = state.init_params(model, seed=0)
+    info = DataInfo(tuple("0123456789"), {"train": 1000}, (16, 16))
+    training = resolve(digits_config, info)
+    params = training.params
     # A fresh head is zero and would hide the gradient of everything below it.
     head = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape)
     params = {**params, "head": {**params["head"], "kernel": 0.3 * head}}
     return {
         "config": digits_config,
-        "model": model,
-        "optimizer": optimizer,
+        "model": training.model,
+        "optimizer": training.optimizer,
         "params": params,
-        "recipe": steps.make_recipe(digits_config),
+        "objective": dataclasses.replace(training.objective, guidance=None),
     }
 
 
@@ -49,7 +51,7 @@ def run(experiment, *, devices, count=2, teacher=None, **changes):
         steps.train_step,
         model=experiment["model"],
         optimizer=experiment["optimizer"],
-        recipe=dataclasses.replace(experiment["recipe"], **changes),
+        objective=dataclasses.replace(experiment["objective"], **changes),
         axis=parallel.AXIS,
     )
     if devices == 1:
@@ -102,7 +104,7 @@ def test_loss_and_gradient_are_those_of_the_augmented_batch(experiment):
         jnp.asarray(batch["image"]),
         jnp.asarray(batch["label"]),
         num_classes=10,
-        config=experiment["config"].data.augment,
+        augmentation=experiment["objective"].augmentation,
     )
     smooth = 0.9 * labels + 0.1 / 10
 
@@ -139,11 +141,11 @@ def test_randomness_depends_on_seed_and_step_only(experiment):
 @pytest.fixture(params=["fields", "attention"])
 def guided(experiment, request):
     """The experiment's own model teaches it, seen at another size."""
-    config = experiment["config"].model
+    config = ModelConfig.of(experiment["config"].model)
     model = registry.create_model(config, num_classes=10, image_size=32)
-    teacher = guidance.Teacher(model, mean=(0.4,) * 3, std=(0.3,) * 3)
+    teacher = Teacher(model, mean=(0.4,) * 3, std=(0.3,) * 3)
     return {
-        "teacher": state.init_params(model, seed=3),
+        "teacher": registry.init_params(model, seed=3),
         "guidance": guidance.Guidance(
             weight=2.0,
             area_weight=0.5,
@@ -185,7 +187,8 @@ def test_evaluation_sums_real_examples_only(experiment):
     step = partial(
         steps.eval_step,
         model=experiment["model"],
-        augmentation=experiment["recipe"].augment,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
         axis=parallel.AXIS,
     )
     batch = random_batch()

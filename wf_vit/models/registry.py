@@ -3,20 +3,25 @@
 import dataclasses
 import difflib
 import json
+import logging
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import traverse_util
 from jaxtyping import Array, Int
 from ml_collections import config_dict
 
 from wf_vit.errors import UsageError
 from wf_vit.models import controls
+from wf_vit.models.attention import FIELD
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 from wf_vit.shapes import Params
+
+_LOG = logging.getLogger(__name__)
 
 MODELS = {
     "vit": ViT,
@@ -29,7 +34,7 @@ MODELS = {
 }
 
 # Those whose fields are learned and can be guided.
-FIELD_MODELS = ("windowfree", "static_fields")
+FIELD_MODELS = (WindowFreeViT, controls.StaticFieldViT)
 
 # Sizes of arXiv 2010.11929 and 2106.10270; "mu" is for tests.
 VARIANTS = {
@@ -166,6 +171,31 @@ def rebuild(model: ViT, config: ModelConfig) -> ViT:
     return from_json(options)
 
 
+def adopt_fields(new: Params, loaded: Params, *, source: str) -> Params:
+    """Returns ``loaded``, with the fields of ``new`` if it has none.
+
+    Fields are what a checkpoint may lack: they turn a ViT into a window-free
+    transformer. (A head for other classes is the importer's to make.)
+
+    Raises:
+      UsageError: other parameters differ; they are named.
+    """
+    ours = traverse_util.flatten_dict(new, sep="/")
+    theirs = traverse_util.flatten_dict(loaded, sep="/")
+    fresh = [n for n in ours if n not in theirs and FIELD in n.split("/")]
+    wrong = [n for n in ours if n not in theirs and n not in fresh]
+    wrong += [n for n in theirs if n not in ours]
+    if wrong:
+        raise UsageError(
+            f"{source} and config.model.name differ in the parameters "
+            f"{', '.join(wrong)}: name the checkpoint's model."
+        )
+    if fresh:
+        _LOG.info("Not in %s, so started afresh: %s", source, ", ".join(fresh))
+    taken = jax.tree.map(jnp.asarray, theirs)
+    return traverse_util.unflatten_dict({**ours, **taken}, sep="/")
+
+
 def to_json(model: ViT) -> dict[str, Any]:
     """Returns every attribute of a model in terms of JSON; see ``from_json``."""
     options = {
@@ -178,6 +208,11 @@ def to_json(model: ViT) -> dict[str, Any]:
     if "fields" in options:
         options["fields"] = dataclasses.asdict(options["fields"])
     return json.loads(json.dumps(options))
+
+
+def with_dtype(model: ViT, dtype: str) -> ViT:
+    """Returns the model, computing in a dtype of ``DTYPES``."""
+    return model.clone(dtype=_lookup("dtype", dtype, DTYPES))
 
 
 def from_json(options: dict[str, Any]) -> ViT:

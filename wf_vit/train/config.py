@@ -4,18 +4,14 @@ import dataclasses
 import logging
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
-from flax import traverse_util
 from ml_collections import config_dict
 
 from wf_vit.data import config as data_config
 from wf_vit.data.config import DataConfig, DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained, registry
-from wf_vit.models.attention import FIELD
 from wf_vit.models.registry import ModelConfig
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
@@ -258,34 +254,8 @@ def _model_and_params(
     loaded = pretrained.load(init_from, image_size=image_size, num_classes=num_classes)
     model = registry.rebuild(loaded.model, config)
     _LOG.info("From %s: %s", init_from, registry.to_json(model))
-    return model, adopt_fields(
-        registry.init_params(model, seed), loaded.params, source=init_from
-    )
-
-
-def adopt_fields(new: Params, loaded: Params, *, source: str) -> Params:
-    """Returns ``loaded``, with the fields of ``new`` if it has none.
-
-    Fields are what a checkpoint may lack: they turn a ViT into a window-free
-    transformer. (A head for other classes is the importer's to make.)
-
-    Raises:
-      UsageError: other parameters differ; they are named.
-    """
-    ours = traverse_util.flatten_dict(new, sep="/")
-    theirs = traverse_util.flatten_dict(loaded, sep="/")
-    fresh = [n for n in ours if n not in theirs and FIELD in n.split("/")]
-    wrong = [n for n in ours if n not in theirs and n not in fresh]
-    wrong += [n for n in theirs if n not in ours]
-    if wrong:
-        raise UsageError(
-            f"{source} and config.model.name differ in the parameters "
-            f"{', '.join(wrong)}: name the checkpoint's model."
-        )
-    if fresh:
-        _LOG.info("Not in %s, so started afresh: %s", source, ", ".join(fresh))
-    taken = jax.tree.map(jnp.asarray, theirs)
-    return traverse_util.unflatten_dict({**ours, **taken}, sep="/")
+    fresh = registry.init_params(model, seed)
+    return model, registry.adopt_fields(fresh, loaded.params, source=init_from)
 
 
 def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
@@ -349,11 +319,11 @@ def _guidance(
                 "0: set config.guidance.weight (1 is a start), or no teacher."
             )
         return None, None
-    name = registry.to_json(student)["name"]
-    if config.match == "fields" and name not in registry.FIELD_MODELS:
+    if config.match == "fields" and not isinstance(student, registry.FIELD_MODELS):
         raise UsageError(
-            f"config.guidance.weight is {config.weight}, but {name!r} "
-            f"has no fields to guide: use {' or '.join(registry.FIELD_MODELS)}, or set "
+            f"config.guidance.weight is {config.weight}, but a "
+            f"{type(student).__name__} has no fields to guide: set "
+            "config.model.name='windowfree', or "
             "config.guidance.match='attention', or the weight to 0."
         )
     teacher, params = None, None

@@ -55,7 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
       NonFiniteLossError: training diverged; the last good checkpoint is intact.
     """
     prepare_workdir(workdir)
-    run = _open(config)
+    run = open_run(config)
     training = run.training
     update = parallel.map_update(
         functools.partial(
@@ -110,7 +110,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     Raises:
       UsageError: the config cannot work, or there is no checkpoint.
     """
-    run = _open(config)
+    run = open_run(config)
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(
             run.training.start(), which=config.evaluate_checkpoint
@@ -121,8 +121,15 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """The data and the training of one config, both open."""
+class Run:
+    """A config made concrete: its data and its training.
+
+    Attributes:
+      data: open.
+      training: the rest.
+      batch_size: of a step, over all devices of all processes.
+      eval_batch_size: likewise, of evaluation.
+    """
 
     data: Dataset
     training: Training
@@ -180,8 +187,15 @@ class _Run:
         return batch["image"][batch["mask"]]
 
 
-def _open(config: ml_collections.ConfigDict) -> _Run:
-    """Opens the data and resolves the config, checking them together."""
+def open_run(config: ml_collections.ConfigDict) -> Run:
+    """Opens the data and resolves the config, checking them together.
+
+    Args:
+      config: the experiment's config (``wf_vit.train.config``).
+
+    Raises:
+      UsageError: what is wrong, and what to do.
+    """
     local = parallel.local_batch_size(config.batch_size, what="config.batch_size")
     parallel.local_batch_size(config.eval_batch_size, what="config.eval_batch_size")
     per_device = local // jax.local_device_count()
@@ -191,7 +205,7 @@ def _open(config: ml_collections.ConfigDict) -> _Run:
             f"has {per_device} examples a step: choose a divisor of that."
         )
     data = open_dataset(DataConfig.of(config.data))
-    return _Run(
+    return Run(
         data=data,
         training=resolve(config, data.info),
         batch_size=config.batch_size,
@@ -200,7 +214,7 @@ def _open(config: ml_collections.ConfigDict) -> _Run:
 
 
 def _train(
-    run: _Run,
+    run: Run,
     state: TrainState,
     update: Callable,
     checkpoints: Checkpoints,

@@ -84,9 +84,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns AdamW behind a clipping of the global norm.
 
-    As in BEiT (arXiv 2106.08254) the groups of parameters are the embedding, each
-    block, and what follows the blocks. Fields are a group of their own, wherever they
-    are: when a ViT becomes a window-free transformer they are as new as the head.
+    Each group of parameters (``group_names``) has its own rate (``relative_rates``).
 
     Args:
       config: the settings.
@@ -94,13 +92,7 @@ def make_optimizer(
       depth: L, the number of blocks.
       wide_fields: whether fields start so wide that they need an epsilon of their own.
     """
-    decay = config.layer_decay
-    rates = {
-        "rest": 1.0,
-        "fields": config.fields_rate,
-        "embedding": decay ** (depth + 1),
-    }
-    rates |= {f"{_BLOCK}{layer}": decay ** (depth - layer) for layer in range(depth)}
+    rates = relative_rates(config, depth)
     epsilons = {"fields": _WIDE_FIELDS_EPSILON} if wide_fields else {}
 
     def adamw(epsilon: float, rate: float) -> optax.GradientTransformation:
@@ -129,6 +121,19 @@ def make_optimizer(
     if not config.clip_norm:
         return update
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def relative_rates(config: OptimizerConfig, depth: int) -> dict[str, float]:
+    """Returns the learning rate of each group, as a share of that of the head.
+
+    As in BEiT (arXiv 2106.08254) the rate falls from the head to the embedding. Fields
+    have one of their own, wherever they are: when a ViT becomes a window-free
+    transformer they are as new as the head.
+    """
+    decay = config.layer_decay
+    rates = {"rest": 1.0, "fields": config.fields_rate}
+    rates["embedding"] = decay ** (depth + 1)
+    return rates | {f"{_BLOCK}{n}": decay ** (depth - n) for n in range(depth)}
 
 
 def group_names(params: Params) -> PyTree[str]:

@@ -48,9 +48,8 @@ def load_teacher(
       UsageError: it cannot be opened.
     """
     loaded = pretrained.load(source, image_size=image_size)
-    described = registry.to_json(loaded.model) | {"dtype": dtype}
-    _LOG.info("Teacher %s: %s", source, described)
-    model = registry.from_json(described)
+    model = registry.with_dtype(loaded.model, dtype)
+    _LOG.info("Teacher %s: %s", source, registry.to_json(model))
     form = loaded.preprocess.image_format
     teacher = Teacher(model=model, mean=tuple(form.mean), std=tuple(form.std))
     return teacher, jax.tree.map(lambda p: p.astype(model.dtype), loaded.params)

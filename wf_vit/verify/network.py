@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from wf_vit import indicators, interventions
+from wf_vit import indicators, interventions, measure
 from wf_vit.interventions import Keep
-from wf_vit import measure
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Logits, Params, Tokens
 from wf_vit.verify.answers import Answer
@@ -181,9 +180,7 @@ def importance_maps(
     )
     own = [knockout.impact]
     for wanted in classes.values():
-        own += measure.propagate_logit(
-            model, params, images, classes=wanted, **options
-        )
+        own += measure.propagate_logit(model, params, images, classes=wanted, **options)
 
     def received(matrix: Float[Array, "*batch N N"]) -> Float[Array, "*batch P"]:
         row = matrix[..., 0, :] if prefix else matrix.mean(-2)

@@ -8,8 +8,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
-from wf_vit import indicators
-from wf_vit import measure
+from wf_vit import indicators, measure
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Params
 from wf_vit.verify import network

@@ -116,7 +116,9 @@ def test_recipes_come_from_the_files_beside_the_weights(tmp_path):
     timm = pretrained.load(FIXTURES / "timm_vit").preprocess.image_format
     assert timm == ImageFormat((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9)
     folder = copy_with("hf_vit", tmp_path, lambda arrays: None)
-    assert pretrained.load(folder).preprocess.image_format == ImageFormat(*HALF, "bilinear", None)
+    assert pretrained.load(folder).preprocess.image_format == ImageFormat(
+        *HALF, "bilinear", None
+    )
     dinov2 = {
         "image_mean": IMAGENET[0],
         "image_std": IMAGENET[1],

@@ -11,7 +11,7 @@ from tests.networks import random_params
 from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
-from wf_vit.models.pretrained.preprocess import Preprocess, ImageFormat
+from wf_vit.models.pretrained.preprocess import ImageFormat, Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,46 @@
+"""Durations against hand-computed values, and what a config becomes."""
+
+import pytest
+
+from wf_vit.errors import UsageError
+from wf_vit.train.config import default_config, durations
+
+
+def config_with(**overrides):
+    config = default_config("vit", "mu/16")
+    config.batch_size = 100
+    config.update(overrides)
+    return config
+
+
+def test_durations_are_resolved_from_steps_epochs_and_percent():
+    config = config_with(total_epochs=20.0, warmup_percent=5.0, eval_epochs=0.5)
+    steps = durations(config, num_train=1050)
+    assert steps.steps_per_epoch == 10.5
+    assert steps.total == 210
+    assert steps.warmup == round(10.5)
+    assert steps.eval == 5
+    assert steps.log == 50
+
+
+def test_the_finest_unit_wins_and_overrides_are_seen():
+    config = config_with(total_epochs=20.0)
+    config.total_steps = 7
+    config.batch_size = 10
+    assert durations(config, num_train=1000).total == 7
+    config.total_steps = None
+    assert durations(config, num_train=1000).total == 2000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"total_epochs": None}, "set one of total_steps, total_epochs"),
+        ({"total_steps": 10, "warmup_steps": 11}, "warm-up takes 11 steps"),
+        ({"log_steps": 0}, "log_steps is 0"),
+        ({"eval_epochs": -1.0}, "eval_epochs is -1"),
+    ],
+)
+def test_impossible_durations_are_named(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        durations(config_with(**overrides), num_train=1000)

@@ -1,0 +1,120 @@
+"""A forward pass that is recorded, and differentiated between its layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Images, Params
+
+
+class Recording(NamedTuple):
+    """One batch of images, as the chosen layers saw it.
+
+    Attributes:
+      attention: weights after the softmax; rows sum to 1.
+      values: value vectors.
+      scale: what the layer norm before each chosen layer divides each token by, and,
+        last, the final norm.
+      extents: of the learned fields of a model that has them, in patches; else None.
+      tokens: the residual stream after the final norm.
+      logits: of the head, or the pooled representation of a model without one.
+    """
+
+    attention: Float[Array, "L B H N N"]
+    values: Float[Array, "L B N H K"]
+    scale: Float[Array, "layers_and_1 B N"]
+    extents: Float[Array, "L B H P 4"] | None
+    tokens: Float[Array, "B N D"]
+    logits: Float[Array, "B C"]
+
+
+def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
+    """Returns the size in bytes of one image in a ``Recording``, all in float32.
+
+    ``4 (L H N^2 + (L + 1) N (D + 1) + C)``: 24.2 MB for all layers of a ViT-S/14 at 224
+    pixels, nearly all of it attention, which grows with the fourth power of the
+    image's side. While it is computed a batch takes as much again, and one that is
+    propagated about 8 times as much, whatever the number of probes.
+    """
+    count = len(model.check_layers(layers))
+    tokens = model.num_tokens
+    attention = count * model.num_heads * tokens**2
+    streams = (count + 1) * tokens * (model.width + 1)
+    return 4 * (attention + streams + model.num_classes)
+
+
+def forward(
+    model: ViT,
+    layers: tuple[int, ...],
+    variables: dict[str, Any],
+    images: Images,
+) -> tuple[dict[str, Array], Recording]:
+    """Runs a model on a batch, and records some of its layers.
+
+    Args:
+      model: the model.
+      layers: to record, in the order that is wanted.
+      variables: of the module: its "params", and perhaps "perturbations".
+      images: normalised.
+
+    Returns:
+      The outputs by name, "tokens", "cls", "pooled" and "logits"; and the recording.
+    """
+    logits, out = model.apply(variables, images, record=layers)
+    tokens = out["tokens"].astype(jnp.float32)
+    outputs = {"tokens": tokens, "cls": tokens[:, 0], "logits": logits}
+    outputs["pooled"] = out["pooled"].astype(jnp.float32)
+    records = [out["records"][layer] for layer in layers]
+    extents = [out["fields"][n].extents for n in layers if n in out["fields"]]
+    return outputs, Recording(
+        attention=jnp.stack([r["attention"] for r in records]),
+        values=jnp.stack([r["values"] for r in records]),
+        scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
+        extents=jnp.stack(extents) if extents else None,
+        tokens=tokens,
+        logits=logits,
+    )
+
+
+def linearize(
+    model: ViT,
+    layers: tuple[int, ...],
+    params: Params,
+    images: Images,
+    read: Callable[[dict[str, Array]], Array],
+) -> tuple[Array, Callable[[Array], Float[Array, "L B N D"]], Recording]:
+    """Runs a model once, to be differentiated with respect to its residual stream.
+
+    Args:
+      model: the model.
+      layers: see ``forward``.
+      params: the model's.
+      images: normalised.
+      read: from the outputs of ``forward`` to the array that is differentiated.
+
+    Returns:
+      What ``read`` makes of the outputs; the function that maps its cotangent to the
+      gradients right after the attention of each layer; and the recording.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["perturbations"]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    names = [f"blocks_{layer}" for layer in layers]
+
+    def run(perturbed):
+        variables = {"params": params, "perturbations": zeros | perturbed}
+        outputs, recording = forward(model, layers, variables, images)
+        return read(outputs), recording
+
+    output, pull_back, recording = jax.vjp(
+        run, {name: zeros[name] for name in names}, has_aux=True
+    )
+
+    def gradients(cotangent):
+        (gradient,) = pull_back(cotangent)
+        return jnp.stack([gradient[name]["after_attention"] for name in names])
+
+    return output, gradients, recording
