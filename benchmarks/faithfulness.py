@@ -2,143 +2,107 @@
 
     python -m benchmarks.faithfulness --output results/faithfulness
 
-Photographs of scikit-image that come with its package, a real DINOv2 ViT-S/14, and
-the protocol of ``wf_vit.verify``: interactions drawn uniformly from all pairs of
-patches in some layers, each cut in all heads, the rest of the network run. The cuts
-are run in float64, because the weakest ones in early layers move the CLS token by
-little more than the rounding of float32; indicators are computed in float32. In the
-last layer a cut between patches cannot reach the CLS token, whose effect and
-indicator are judged in the other layers.
+The protocol ``wf_vit.verify.faithfulness`` on a real DINOv2 ViT-S/14 and on photographs
+that come with scikit-image. It draws interactions at random from all pairs of patches,
+cuts each in all heads, and runs the rest of the network. The cuts run in float64: the
+weakest ones in early layers move the CLS token by little more than the rounding of
+float32. The indicators are computed in float32. In the last layer no cut between
+patches can reach the CLS token, so the figures for CLS leave that layer out.
 
 Prints the tables and writes OUTPUT.json and OUTPUT.md. Takes twelve minutes on two
 cores.
 """
 
-import functools
 import itertools
+import json
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import skimage.data
 from absl import app, flags
 
-from benchmarks import photographs
-from wf_vit import indicators, verify
-from wf_vit import measure
+from wf_vit import indicators, measure, verify
 from wf_vit.models import pretrained
+from wf_vit.models.parameters import head_gain
+from wf_vit.shapes import Key
+from wf_vit.verify import network
 
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "../shared/weights/dinov2_s14.safetensors", "Any checkpoint with CLS."
+)
+_PHOTOGRAPHS = flags.DEFINE_integer("photographs", 5, "How many of the five.")
 _LAYERS = flags.DEFINE_list("layers", ["0", "3", "6", "9", "11"], "Layers to cut in.")
 _INTERACTIONS = flags.DEFINE_integer("interactions", 80, "Cuts per layer and photo.")
-_PROBES = flags.DEFINE_integer("probes", 16, "M of the propagated indicator.")
+_PROBES = flags.DEFINE_integer("probes", 16, "Of the propagated indicator.")
 _PROBE_SEEDS = flags.DEFINE_integer("probe_seeds", 3, "Repeats with other probes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of interactions, probes and baselines.")
+_OUTPUT = flags.DEFINE_string("output", None, "Files to write, without suffix.")
 
-ATTENTION_ONLY = ("mean", "max", "std", "odds")
-PROPAGATED = ("tokens", "cls")
-
-
-class Network:
-    """A pretrained model: its indicators, and its answers to cuts, in float64."""
-
-    def __init__(self, loaded: pretrained.Pretrained):
-        self.model = loaded.model
-        self.params = loaded.params
-        self.exact = self.model.clone(dtype=jnp.float64)
-        with jax.enable_x64(True):
-            self.exact_params = jax.tree.map(
-                lambda leaf: leaf.astype(jnp.float64), self.params
-            )
-        self._inputs = jax.jit(self._run_to, static_argnames="layers")
-        self._run_from = jax.jit(self._finish, static_argnames="layer")
-
-    def _run_to(self, params, image, layers):
-        variables = {"params": params}
-        tokens = self.exact.apply(variables, image, method="embed")
-        inputs, start = {}, 0
-        for layer in sorted(layers):
-            tokens, _ = self.exact.apply(
-                variables, tokens, start=start, stop=layer, method="encode"
-            )
-            inputs[layer], start = tokens, layer
-        return inputs
-
-    def _finish(self, params, tokens, bias, layer):
-        variables = {"params": params}
-        tokens = jnp.broadcast_to(tokens, (len(bias), *tokens.shape[1:]))
-        bias = bias.astype(tokens.dtype)
-        biases = [bias if n == layer else None for n in range(self.model.depth)]
-        tokens, _ = self.exact.apply(
-            variables, tokens, start=layer, bias=biases, method="encode"
-        )
-        return self.exact.apply(variables, tokens, method="readout")[1]["tokens"]
-
-    def predict(self, image, layers: tuple[int, ...]) -> verify.Predict:
-        """Returns the protocol's view of the network, for one image ``[1 ...]``."""
-        with jax.enable_x64(True):
-            inputs = self._inputs(self.exact_params, image, layers=layers)
-
-        def predict(layer, bias):
-            with jax.enable_x64(True):
-                return self._run_from(
-                    self.exact_params, inputs[layer], bias, layer=layer
-                )
-
-        return predict
-
-    def propagate(self, image, target: str, key, *, shrink: bool = True) -> jax.Array:
-        """Returns the propagated indicator of one image, ``[L, P, P]``."""
-        (result,) = measure.propagate(
-            self.model,
-            self.params,
-            image,
-            target=target,
-            key=key,
-            num_probes=_PROBES.value,
-            shrink=shrink,
-            batch_size=1,
-        )
-        return result.impact[:, 0]
-
-    def impacts(self, image, layers: tuple[int, ...], key) -> dict[str, np.ndarray]:
-        """Returns every indicator of one image, ``[L, P, P]``, seeds in front."""
-        prefix = {"num_prefix_tokens": self.model.num_prefix_tokens}
-        (recorded,) = measure.record(self.model, self.params, image)
-        stretch = indicators.expected_stretch(
-            recorded.attention,
-            parameters.head_gain(self.model, self.params),
-            recorded.scale,
-        )[np.array(layers), 0, self.model.num_prefix_tokens :, None]
-        attention, values = (
-            recorded.attention[np.array(layers), 0],
-            recorded.values[np.array(layers), 0],
-        )
-        indicator = functools.partial(
-            indicators.interaction_indicator, attention, grid=self.model.grid, **prefix
-        )
-        impacts = {method: indicator(method=method) for method in ATTENTION_ONLY}
-        impacts["knockout"] = indicators.knockout_impact(
-            attention,
-            values,
-            *parameters.output_projection(self.model, self.params, layers),
-            **prefix,
-        )
-        impacts["knockout, stretched"] = stretch * impacts["knockout"]
-        seeds = jax.random.split(key, _PROBE_SEEDS.value)
-        for target, shrink in itertools.product(PROPAGATED, (True, False)):
-            name = f"propagated {target}" + ("" if shrink else ", not shrunk")
-            repeats = [
-                self.propagate(image, target, seed, shrink=shrink) for seed in seeds
-            ]
-            impacts[name] = jnp.stack(repeats)[:, np.array(layers)]
-        impacts["distance"] = indicator(method="distance")
-        impacts["random"] = jnp.stack(
-            [indicator(method="random", key=seed) for seed in seeds]
-        )
-        return {name: np.asarray(impact) for name, impact in impacts.items()}
+IMAGE_SIZE = 224
+# All colour photographs that come with scikit-image's package.
+PHOTOGRAPHS = {
+    "astronaut": skimage.data.astronaut,
+    "chelsea": skimage.data.chelsea,
+    "coffee": skimage.data.coffee,
+    "rocket": skimage.data.rocket,
+    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
+}
+IN_LAYER = ("mean", "max", "std", "odds", "knockout")
 
 
-def measure(network: Network, images, layers: tuple[int, ...]) -> dict:
+def impacts(
+    loaded: pretrained.Pretrained,
+    image: jax.Array,
+    layers: tuple[int, ...],
+    key: Key,
+) -> dict[str, np.ndarray]:
+    """Returns every indicator of one image, ``[L, P, P]``, repeats in front."""
+    model, params = loaded.model, loaded.params
+    chosen = np.array(layers)
+    recording = measure.record(model, params, image, layers=layers)
+    options = {"layers": layers, "recording": recording}
+
+    def of(indicator: str, key: Key | None = None) -> jax.Array:
+        found = measure.impact(model, params, image, indicator, key=key, **options)
+        return found.impact[:, 0]
+
+    found = {indicator: of(indicator) for indicator in IN_LAYER}
+    whole = measure.record(model, params, image)
+    stretch = indicators.expected_stretch(
+        whole.attention, head_gain(model, params), whole.scale
+    )[chosen, 0, model.num_prefix_tokens :, None]
+    found["knockout, stretched"] = stretch * found["knockout"]
+    keys = jax.random.split(key, _PROBE_SEEDS.value)
+    for target, shrink in itertools.product(("tokens", "cls"), (True, False)):
+        repeats = [
+            measure.propagate(
+                model,
+                params,
+                image,
+                target=target,
+                key=key,
+                num_probes=_PROBES.value,
+                shrink=shrink,
+            )[0].impact[chosen, 0]
+            for key in keys
+        ]
+        name = f"propagated {target}" + ("" if shrink else ", not shrunk")
+        found[name] = jnp.stack(repeats)
+    found["distance"] = of("distance")
+    found["random"] = jnp.stack([of("random", key) for key in keys])
+    return {name: np.asarray(impact) for name, impact in found.items()}
+
+
+def correlations(
+    loaded: pretrained.Pretrained,
+    images: Sequence[jax.Array],
+    layers: tuple[int, ...],
+) -> dict[str, dict[str, dict]]:
     """Returns the summary of the correlations by target and indicator."""
     key = jax.random.key(_SEED.value)
     results = []
@@ -146,22 +110,19 @@ def measure(network: Network, images, layers: tuple[int, ...]) -> dict:
         cuts, probes = jax.random.split(jax.random.fold_in(key, place))
         results.append(
             verify.faithfulness(
-                network.predict(image, layers),
-                network.impacts(image, layers, probes),
+                network.cut(loaded.params, image, layers=layers, model=loaded.model),
+                impacts(loaded, image, layers, probes),
                 layers,
                 key=cuts,
-                num_prefix_tokens=network.model.num_prefix_tokens,
+                num_prefix_tokens=loaded.model.num_prefix_tokens,
                 num_interactions=_INTERACTIONS.value,
-            )
+            ).correlation
         )
         print(f"{place + 1} of {len(images)} photographs", flush=True)
     return {
         target: {
-            name: summarize(
-                np.stack([r.correlation[target][name] for r in results], axis=-2),
-                layers,
-            )
-            for name in results[0].correlation[target]
+            name: summarize(np.stack([r[target][name] for r in results], -2), layers)
+            for name in results[0][target]
         }
         for target in verify.TARGETS
     }
@@ -219,18 +180,32 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes."""
     del argv
     layers = tuple(sorted(int(layer) for layer in _LAYERS.value))
-    loaded, images = photographs.load()
-    network = Network(loaded)
+    loaded = pretrained.load(_WEIGHTS.value, image_size=IMAGE_SIZE)
+    names = list(PHOTOGRAPHS)[: _PHOTOGRAPHS.value]
+    images = [loaded.preprocess([PHOTOGRAPHS[name]()]) for name in names]
     results = {
-        **photographs.setting("faithfulness", images),
+        "command": " ".join(["python -m benchmarks.faithfulness", *sys.argv[1:]]),
+        "machine": {
+            "cpus": os.cpu_count(),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        },
+        "weights": Path(_WEIGHTS.value).name,
+        "image_size": IMAGE_SIZE,
+        "photographs": names,
         "layers": layers,
         "interactions": _INTERACTIONS.value,
         "seed": _SEED.value,
         "probes": _PROBES.value,
         "probe_seeds": _PROBE_SEEDS.value,
-        "correlation": measure(network, list(images.values()), layers),
+        "correlation": correlations(loaded, images, layers),
     }
-    photographs.report(results, tables)
+    print(tables(results), flush=True)
+    if _OUTPUT.value:
+        output = Path(_OUTPUT.value)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        output.with_suffix(".md").write_text(tables(results))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, UInt8
 
-from benchmarks import packed
+from benchmarks import sweep
 from wf_vit import grid as geometry
 from wf_vit import indicators
 from wf_vit.errors import UsageError
@@ -123,8 +123,8 @@ def measure(
     """
     if batch_size < 2 or not len(images) or len(images) % batch_size:
         raise UsageError(
-            f"{len(images)} images do not fill batches of {batch_size}: set --images "
-            "and --batch_size, of at least 2."
+            f"{len(images)} images do not fill batches of {batch_size}: set "
+            "--test_images and --batch_size, of at least 2."
         )
     if not isinstance(student.model, WindowFreeViT):
         raise UsageError("--students names a model without learned fields.")
@@ -223,8 +223,8 @@ def main(argv: list[str]) -> None:
     """Measures, prints and writes."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    splits, _ = packed.load(Path(_DATA.value))
-    images = splits["test"].images[: _IMAGES.value]
+    splits, _ = sweep.load(Path(_DATA.value))
+    images = splits["test"].images[: _TEST.value]
     results = {
         "images": len(images),
         "area": _AREA.value,
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
+    _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.sweep.")
     _TEACHER = flags.DEFINE_string(
         "teacher", None, "Any ViT's checkpoint.", required=True
     )
@@ -267,6 +267,6 @@ if __name__ == "__main__":
     _AREA = flags.DEFINE_float("area", 0.25, "Share of the grid that is a field.")
     _PER_HEAD = flags.DEFINE_bool("per_head", False, "Compare head by head.")
     _OBJECTS = flags.DEFINE_bool("objects", False, "Also the share on objects.")
-    _IMAGES = flags.DEFINE_integer("images", 1000, "Test images.")
+    _TEST = flags.DEFINE_integer("test_images", 1000, "Use the first so many.")
     _BATCH = flags.DEFINE_integer("batch_size", 100, "Images at once.")
     app.run(main)

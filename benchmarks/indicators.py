@@ -1,14 +1,13 @@
 """What the indicators cost, against brute force, a forward pass, NumPy and PyTorch.
 
-    python benchmarks/indicators.py --out results/indicators.json
+    python -m benchmarks.indicators --output results/indicators
 
 Weights are random: no cost here depends on them. Everything that is compared is
 run turn by turn in one process, and ratios are medians over the turns, so that
-other work on the machine meets both sides. PyTorch is measured where it is
-installed. Takes three minutes on two cores.
+other work on the machine slows both sides alike. PyTorch is measured where it is
+installed. Prints the results and writes OUTPUT.json. Takes three minutes on two cores.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -24,9 +23,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
-from wf_vit import indicators
-from wf_vit import measure, registry
+from wf_vit import indicators, measure
+from wf_vit.models import registry
+
+FUNCTIONS = ("interaction_indicator", "knockout_impact", "knockout_effect")
+
+_OUTPUT = flags.DEFINE_string("output", None, "File to write, without suffix.")
+_TURNS = flags.DEFINE_integer("turns", 15, "Medians over these are reported.")
+_PEAK_MEMORY_OF = flags.DEFINE_enum(
+    "peak_memory_of",
+    None,
+    FUNCTIONS,
+    "Only print the peak memory, in KiB, of this process computing one indicator.",
+)
 
 PROBES = (8, 16)
 CUTS_AT_ONCE = 16
@@ -197,7 +208,7 @@ def compare_with_forward(turns: int) -> dict[str, dict[str, float]]:
 def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
     """Indicator and forward pass of a whole ViT-S/14, all layers of one image."""
     model = registry.create_model(
-        registry.default_config("vit", "S/14"),
+        registry.ModelConfig(name="vit", variant="S/14"),
         num_classes=0,
         image_size=224,
     ).clone(dtype=jnp.float32, cls_token=True)
@@ -205,16 +216,15 @@ def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
     params = model.init(jax.random.key(1), images)["params"]
 
     def propagate(num_probes):
-        return next(
-            measure.propagate(
-                model,
-                params,
-                images,
-                target="tokens",
-                key=jax.random.key(2),
-                num_probes=num_probes,
-            )
+        knockout, _ = measure.propagate(
+            model,
+            params,
+            images,
+            target="tokens",
+            key=jax.random.key(2),
+            num_probes=num_probes,
         )
+        return knockout.impact
 
     plain = jax.jit(lambda images: model.apply({"params": params}, images)[0])
     seconds = take_turns(
@@ -273,8 +283,10 @@ def peak_memory(function: str) -> float:
 
     All layers of a ViT-B/16 at 384 pixels, batch 8.
     """
-    command = [sys.executable, __file__, "--peak-memory-of", function]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    module = ["-m", "benchmarks.indicators", f"--peak_memory_of={function}"]
+    result = subprocess.run(
+        [sys.executable, *module], check=True, capture_output=True, text=True
+    )
     return float(result.stdout) / 2**20
 
 
@@ -301,39 +313,34 @@ def run_at_full_size(function: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def main() -> None:
-    """Prints the tables and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.peak_memory_of:
-        run_at_full_size(arguments.peak_memory_of)
+def main(argv: list[str]) -> None:
+    """Prints the results and writes them."""
+    del argv
+    if _PEAK_MEMORY_OF.value:
+        run_at_full_size(_PEAK_MEMORY_OF.value)
         return
     results = {
-        "command": "python benchmarks/indicators.py --out results/indicators.json",
+        "command": " ".join(["python -m benchmarks.indicators", *sys.argv[1:]]),
         "machine": {
             "cpus": os.cpu_count(),
             "platform": platform.machine(),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         },
-        "brute_force": compare_with_brute_force(arguments.turns),
-        "forward": compare_with_forward(arguments.turns),
+        "brute_force": compare_with_brute_force(_TURNS.value),
+        "forward": compare_with_forward(_TURNS.value),
         "forward_images": IMAGES,
-        "propagated": compare_propagated_with_forward(arguments.turns),
-        "peers": compare_with_peers(arguments.turns),
-        "peak_gib": {
-            name: peak_memory(name)
-            for name in ("interaction_indicator", "knockout_impact", "knockout_effect")
-        },
+        "propagated": compare_propagated_with_forward(_TURNS.value),
+        "peers": compare_with_peers(_TURNS.value),
+        "peak_gib": {function: peak_memory(function) for function in FUNCTIONS},
     }
-    print(json.dumps(results, indent=2))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    text = json.dumps(results, indent=2)
+    print(text)
+    if _OUTPUT.value:
+        output = Path(_OUTPUT.value).with_suffix(".json")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

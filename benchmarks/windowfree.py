@@ -1,16 +1,15 @@
 r"""WinfT against ViT and every control: variants, seeds, and a table.
 
-    python -m benchmarks.packed --output=cifar10.npz          # once, where TFDS is
+    python -m benchmarks.sweep --output=cifar10.npz     # once: packs TFDS's CIFAR-10
     python -m benchmarks.windowfree --data=cifar10.npz --output=results/windowfree
 
-All seeds of a variant train in one program on one device, at once or, on a CPU, in
-turn; the images lie in its memory, and batches are drawn and augmented there. No
-TensorFlow is needed. Each variant leaves OUTPUT/NAME.json when it is done, and is
-skipped when that is there, so that the command can be repeated; then
-OUTPUT/summary.md and summary.json are made of all there are. The variants in SAVED
-leave a run folder, OUTPUT/runs/NAME, of their first seed: teachers, and whose fields
-benchmarks.field_overlap looks at. Who teaches is taken from --teachers, so that a
-teacher can have trained for longer than its students:
+All seeds of a variant train in one program on one device (``benchmarks.sweep``). No
+TensorFlow is needed. A variant that is done is in OUTPUT/results.json, and is skipped,
+so that the command can be repeated; then OUTPUT/summary.md is made of all that are
+there. One command at a time writes to a folder. The variants in SAVED leave a run
+folder, OUTPUT/runs/NAME, of their first seed: teachers, and models whose fields
+benchmarks.field_overlap looks at. --teachers names the folder of the teachers, so that
+a teacher can train for longer than its students:
 
     python -m benchmarks.windowfree ... --output=results/teachers --seeds=0 \
         --variants=vit,winft --config.total_epochs=48
@@ -35,15 +34,14 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from benchmarks import packed
-from benchmarks.sweep import OnDevice, Sweep, forward_flops, on_device, save_run
+from benchmarks import sweep
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.pretrained.runs import DIRECTORY
 from wf_vit.workdir import replacing
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
-_DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.packed.")
+_DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.sweep.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _VARIANTS = flags.DEFINE_list("variants", None, "Of VARIANTS; all by default.")
 _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "All are trained in one program.")
@@ -66,68 +64,36 @@ def _guided(teacher: str = "", **changes: Any) -> dict[str, Any]:
     return {f"guidance.{name}": value for name, value in changes.items()}
 
 
-def _winft(**changes: Any) -> dict[str, Any]:
-    """Returns a window-free transformer with changed fields."""
-    fields = {f"model.fields.{name}": value for name, value in changes.items()}
-    return {"model.name": "windowfree", **fields}
-
+_WINFT = {"model.name": "windowfree"}
 
 # What each variant changes in the config.
 VARIANTS = {
     "vit": {"model.name": "vit"},
     **{
         f"vit_rate_{rate:g}": {"model.name": "vit", "optimizer.learning_rate": rate}
-        for rate in (3e-4, 5e-4, 2e-3, 4e-3)
+        for rate in (2e-3, 4e-3)
     },
     "relative_bias": {"model.name": "relative_bias"},
     "gaussian": {"model.name": "gaussian"},
-    "learned_gaussian": {"model.name": "learned_gaussian"},
     "growing_window": {"model.name": "growing_window"},
     "static_fields": {"model.name": "static_fields"},
-    "winft": _winft(),
-    "winft_growth_0": _winft(growth=0.0),
-    "winft_radii_1.5": _winft(extents=(1.5,), growth=0.0),
-    "winft_radii_2.5": _winft(extents=(2.5,), growth=0.0),
-    "winft_radii_1_2_4": _winft(extents=(1.0, 2.0, 4.0), growth=0.0),
-    "winft_radii_0": _winft(extents=(0.0,)),
-    "winft_softness_0.25": _winft(softness=0.25),
-    "winft_softness_1": _winft(softness=1.0),
-    "winft_shared": _winft(per_head=False),
-    "winft_stream": _winft(source="stream"),
-    "winft_queries": _winft(source="queries"),
+    "winft": _WINFT,
     # Controls of guidance: targets that know no image, and a student without fields.
-    "winft_random": {**_winft(), **_guided(indicator="random")},
-    "winft_distance": {**_winft(), **_guided(indicator="distance")},
+    "winft_random": {**_WINFT, **_guided(indicator="random")},
+    "winft_distance": {**_WINFT, **_guided(indicator="distance")},
     "vit_guided": {"model.name": "vit", **_guided("vit")},
     "vit_guided_by_winft": {"model.name": "vit", **_guided("winft")},
-    # What is matched, by whom, for how long and to which indicator.
-    "winft_guided": {**_winft(), **_guided("winft")},
-    "winft_guided_by_vit": {**_winft(), **_guided("vit")},
-    "winft_guided_mean": {**_winft(), **_guided("winft", per_head=False)},
-    "winft_guided_0.3": {**_winft(), **_guided("winft", weight=0.3)},
-    "winft_guided_3": {**_winft(), **_guided("winft", weight=3.0)},
-    "winft_guided_third": {
-        **_winft(),
-        **_guided("winft"),
-        "guidance_percent": 33.0,
-    },
-    "winft_knockout": {**_winft(), **_guided("winft", indicator="knockout")},
-    "winft_propagated": {**_winft(), **_guided("winft", indicator="propagated")},
+    "winft_guided": {**_WINFT, **_guided("winft")},
+    "winft_guided_by_vit": {**_WINFT, **_guided("vit")},
     # Coverage with little area, in place of attention.
-    "winft_area": {**_winft(), **_guided(match="fields")},
-    "winft_guided_fields": {**_winft(), **_guided("winft", match="fields")},
-    "winft_guided_fields_by_vit": {**_winft(), **_guided("vit", match="fields")},
-    "winft_guided_fields_mean": {
-        **_winft(),
-        **_guided("winft", match="fields", per_head=False),
-    },
+    "winft_guided_fields": {**_WINFT, **_guided("winft", match="fields")},
 }
 
 
 def configure(
-    base: ml_collections.ConfigDict, variant: str, teachers: Path, num_train: int
+    base: ml_collections.ConfigDict, variant: str, teachers: Path
 ) -> ml_collections.ConfigDict:
-    """Returns the config of a variant; durations in whole epochs become steps.
+    """Returns the config of a variant.
 
     Raises:
       UsageError: there is no such variant, its teacher has not been trained, or the
@@ -149,13 +115,13 @@ def configure(
         config.guidance.teacher = str(run)
     if config.data.crop != "pad":
         raise UsageError(f"data.crop is {config.data.crop!r}, expected 'pad'.")
-    config.total_steps = round(config.total_epochs * (num_train // config.batch_size))
     return config
 
 
-def check_settings(path: Path, config: ml_collections.ConfigDict) -> None:
-    """Raises UsageError if a result is another config's; evaluations may differ."""
-    earlier = json.loads(path.read_text())["config"]
+def check_settings(
+    name: str, earlier: dict[str, Any], config: ml_collections.ConfigDict
+) -> None:
+    """Raises UsageError if a result has another config; evaluations may differ."""
     now = json.loads(config.to_json_best_effort())
     changed = [
         f"{key} was {earlier.get(key)} and is now {now.get(key)}"
@@ -164,40 +130,40 @@ def check_settings(path: Path, config: ml_collections.ConfigDict) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{path} has other settings: {'; '.join(changed)}. Name another --output, "
-            "or remove the file."
+            f"The result of {name!r} has other settings: {'; '.join(changed)}. Name "
+            "another --output, or take the variant out of results.json."
         )
 
 
 def run_variant(
     config: ml_collections.ConfigDict,
     seeds: list[int],
-    data: dict[str, OnDevice],
+    data: dict[str, sweep.OnDevice],
     class_names: tuple[str, ...],
     folder: Path,
     name: str,
 ) -> dict[str, Any]:
     """Trains a variant; returns what its JSON holds."""
     started = time.perf_counter()
-    sweep = Sweep(config, seeds, data["train"], data["test"], len(class_names))
+    runs = sweep.Sweep(config, seeds, data["train"], data["test"], class_names)
     rows = []
-    for row in sweep.run():
+    for row in runs.run():
         rows.append(row)
         top1 = " ".join(f"{100 * value:.2f}" for value in row["test/top1"])
         speed = row["train_images_per_second"]
         print(f"{name}  epoch {row['epoch']}  {top1} %  {speed:.0f} images/s")
     if name in SAVED:
-        save_run(folder / "runs" / name, sweep, class_names)
-    fielded = config.model.name in registry.FIELD_MODELS
-    hard = [sweep.hard(threshold) for threshold in HARD if fielded]
+        runs.save_run(folder / "runs" / name)
+    fielded = isinstance(sweep.model, registry.FIELD_MODELS)
+    hard = [runs.hard(threshold) for threshold in HARD if fielded]
     # The first window holds the compilation.
     speeds = [row["train_images_per_second"] for row in rows[1:] or rows]
     return {
         "variant": name,
         "changes": VARIANTS[name],
         "seeds": seeds,
-        "parameters": sum(x[0].size for x in jax.tree.leaves(sweep.states.params)),
-        "flops": forward_flops(sweep.model),
+        "parameters": sum(x[0].size for x in jax.tree.leaves(runs.states.params)),
+        "flops": sweep.forward_flops(runs.training.model),
         "train_images_per_second": statistics.median(speeds),
         "seconds": time.perf_counter() - started,
         "device": jax.devices()[0].device_kind,
@@ -267,16 +233,16 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
-def write_summary(folder: Path) -> None:
-    """Makes summary.json and summary.md of the results that there are."""
-    paths = {name: folder / f"{name}.json" for name in VARIANTS}
-    results = {n: json.loads(p.read_text()) for n, p in paths.items() if p.exists()}
-    if not results:
-        return
-    summary = summarize(results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "summary.md").write_text(table(summary))
-    print(table(summary))
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns what is done, by variant; nothing if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Writes results.json, a line for each variant."""
+    lines = (f"{json.dumps(n)}: {json.dumps(r)}" for n, r in results.items())
+    with replacing(path) as partial:
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main(argv: list[str]) -> None:
@@ -287,26 +253,29 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     teachers = Path(_TEACHERS.value or folder / "runs")
     seeds = [int(seed) for seed in _SEEDS.value]
-    splits, class_names = packed.load(Path(_DATA.value))
+    splits, class_names = sweep.load(Path(_DATA.value))
     data = {
-        "train": on_device(splits["train"], _TRAIN.value),
-        "test": on_device(splits["test"], _TEST.value),
+        "train": sweep.on_device(splits["train"], _TRAIN.value),
+        "test": sweep.on_device(splits["test"], _TEST.value),
     }
+    path = folder / "results.json"
+    results = read_results(path)
     started = time.perf_counter()
     for name in _VARIANTS.value or VARIANTS:
-        path = folder / f"{name}.json"
-        config = configure(_CONFIG.value, name, teachers, len(data["train"].labels))
-        if path.exists():
-            check_settings(path, config)
+        config = configure(_CONFIG.value, name, teachers)
+        if name in results:
+            check_settings(name, results[name]["config"], config)
             print(f"{name}: done, in {path}.")
             continue
         if _MINUTES.value and time.perf_counter() - started > 60 * _MINUTES.value:
             print(f"{name}: left for the next time.")
             continue
-        result = run_variant(config, seeds, data, class_names, folder, name)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(result) + "\n")
-    write_summary(folder)
+        results[name] = run_variant(config, seeds, data, class_names, folder, name)
+        write_results(path, results)
+    if results:
+        summary = table(summarize(results))
+        (folder / "summary.md").write_text(summary)
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict({"name": "cifar10", "data_dir": ""})
     config.split = "test"  # a TFDS split specification, such as "validation[:5000]"
 
-    config.protocols = ("windows", "removal", "pixels", "faithfulness")
+    # Of wf_vit.verify.PROTOCOLS: some of "windows", "removal", "pixels" and
+    # "faithfulness"; () for all that there are.
+    config.protocols = ()
     # The images of each, from the front of the split; 0: all. For each image, windows
     # and removal cost about 70 forward passes, pixels 250; faithfulness runs num_cuts
     # for every layer.

@@ -90,12 +90,12 @@ def lines_of(panel):
 
 
 def test_training_curves_show_the_rows():
-    figure = figures.training_curves({"a": rows(), "b": rows(0.25)}, steps_per_epoch=10)
+    figure = figures.training_curves({"a": rows(), "b": rows(0.25)})
     loss, accuracy = figure.axes
     lines = lines_of(accuracy)
     np.testing.assert_allclose(
         sorted(xy.tolist() for xy in lines.values()),
-        [[[2, 25], [4, 50]], [[2, 50], [4, 75]]],
+        [[[20, 25], [40, 50]], [[20, 50], [40, 75]]],
     )
     assert len(lines_of(loss)) == 4
     assert [t.get_text() for t in accuracy.get_legend().get_texts()] == ["a", "b"]

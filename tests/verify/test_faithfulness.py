@@ -33,13 +33,12 @@ MODEL = ViT(
 def network():
     """Maps a layer and its biases to final tokens, run from that layer's input on."""
     images = jax.random.normal(jax.random.key(1), (1, 8, 12, 3))
-    params = MODEL.init(KEY, images)["params"]
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    # Large, so that cuts move the tokens by much more than rounding does.
-    params = treedef.unflatten(
-        0.5 * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(keys, leaves, strict=True)
+    shapes = jax.eval_shape(MODEL.init, KEY, images)["params"]
+    rng = np.random.default_rng(2)
+    # Large, so that cuts move the tokens by much more than rounding does. Made on the
+    # host: nothing is compiled.
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), shapes
     )
     apply = functools.partial(MODEL.apply, {"params": params})
 

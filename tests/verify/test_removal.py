@@ -5,9 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wf_vit import interventions, verify
+from configs import verify as verify_config
+from wf_vit import interventions
 from wf_vit.errors import UsageError
-from wf_vit.verify.removal import RULES, num_kept
+from wf_vit.verify.removal import (
+    RULES,
+    Removal,
+    first_of_quarters,
+    num_kept,
+    patch_scores,
+    removal,
+)
+from wf_vit.verify.subject import Answer
 
 LAYERS, IMAGES, HEADS, PREFIX, PATCHES = 3, 2, 2, 1, 5
 TOKENS = PREFIX + PATCHES
@@ -21,7 +30,7 @@ IMPACT = jax.random.uniform(
 
 
 def test_scores_sum_over_the_layers_to_come():
-    scores = verify.patch_scores(ATTENTION, IMPACT, KEYS)
+    scores = patch_scores(ATTENTION, IMPACT, KEYS)
     assert tuple(scores) == RULES
     fused = np.asarray(IMPACT).sum(2)
     off = fused * (1 - np.eye(PATCHES))
@@ -47,7 +56,7 @@ def test_scores_sum_over_the_layers_to_come():
 
 def test_without_cls_attention_is_that_of_all_patches():
     attention = ATTENTION[..., PREFIX:, PREFIX:]
-    scores = verify.patch_scores(attention, IMPACT, KEYS)
+    scores = patch_scores(attention, IMPACT, KEYS)
     expected = np.asarray(attention)[-1].mean((1, 2))
     np.testing.assert_allclose(scores["least attended"][-1], expected, rtol=1e-5)
 
@@ -56,7 +65,7 @@ def test_an_indiscriminative_patch_matters_equally_to_all():
     impact = jnp.zeros((1, 1, 1, 4, 4)).at[..., 0].set(9.0)
     impact = impact.at[0, 0, 0, :, 1].set(jnp.array([0.0, 0.0, 2.0, 0.0]))
     attention = jnp.full((1, 1, 1, 4, 4), 0.25)
-    scores = verify.patch_scores(attention, impact, KEYS[:1])
+    scores = patch_scores(attention, impact, KEYS[:1])
     telling = scores["least discriminative"][0, 0]
     assert telling[1] > telling[0] == telling[2] == 0
     assert scores["least impact"][0, 0].argmax() == 0
@@ -67,7 +76,7 @@ def test_the_lowest_are_removed_and_answers_land_at_their_place():
         "up": jnp.broadcast_to(jnp.arange(5.0), (LAYERS, IMAGES, 5)),
         "down": jnp.broadcast_to(-jnp.arange(5.0), (LAYERS, IMAGES, 5)),
     }
-    whole = verify.Answer(
+    whole = Answer(
         logits=jnp.zeros((IMAGES, 2)),
         pooled=jnp.ones((IMAGES, 2)),
         patches=jax.random.normal(jax.random.key(3), (IMAGES, 5, 4)),
@@ -78,13 +87,13 @@ def test_the_lowest_are_removed_and_answers_land_at_their_place():
         asked.append((layer, patches[0].tolist()))
         right = layer == 2 and patches[0, 0] == 0
         left = jnp.take_along_axis(whole.patches, patches[..., None], axis=1)
-        return verify.Answer(
+        return Answer(
             logits=jnp.tile(jnp.array([1.0 - right, float(right)]), (IMAGES, 1)),
             pooled=whole.pooled,
             patches=left,
         )
 
-    found = verify.removal(
+    found = removal(
         predict,
         whole,
         scores,
@@ -99,6 +108,67 @@ def test_the_lowest_are_removed_and_answers_land_at_their_place():
     )
     # Compared patch by patch with the ones that are left.
     np.testing.assert_allclose(found["patch_cosine"], 1, atol=1e-6)
+
+
+def test_removing_nothing_changes_nothing(case):
+    config = verify_config.get_config()
+    config.removed, config.layers = (0.0, 0.5), (0, 1)
+    found = Removal(case.subject, config).measure(case, 6)
+    for measure in ("cosine", "patch_cosine"):
+        nothing, half = found[measure][..., 0], found[measure][..., 1]
+        np.testing.assert_allclose(nothing, 1, atol=1e-5)
+        assert (half < 0.9999).all()
+
+
+def test_best_layer_is_that_of_the_widest_margin(case, estimate):
+    config = verify_config.get_config()
+    config.removed, config.layers, config.timing_turns = (0.25, 0.5), (0, 1), 0
+    protocol = Removal(case.subject, config)
+    means = np.full((2, len(RULES), 2), 0.5)
+    means[0, 0] = 0.52
+    means[1, 0] = 0.6
+    # A higher level is no wider margin.
+    means[0] += 0.3
+    rng = np.random.default_rng(0)
+    noise = 0.01 * rng.normal(size=(40, *means.shape))
+    outcomes = {"cosine": means + noise, "top1": means[::-1] + noise}
+    outcomes = {name: o.astype(np.float32) for name, o in outcomes.items()}
+    summary = protocol.summarize(outcomes, estimate)
+    best = summary["best_layer"]
+    assert best["cosine"]["least discriminative"] == 1
+    assert best["top1"]["least discriminative"] == 0
+    measured = summary["measures"]["cosine"]
+    assert measured["1"]["least discriminative"]["0.25"]["mean"] == pytest.approx(
+        0.6, abs=0.01
+    )
+    text = "\n".join(protocol.tables(summary, 40))
+    # The top-1 comes first.
+    assert text.index("out before layer 0") < text.index("out before layer 1")
+
+
+def test_time_is_that_of_the_best_layer_of_the_first_measure(case, estimate):
+    config = verify_config.get_config()
+    config.removed, config.layers, config.timing_turns = (0.5,), (0, 1), 2
+    protocol = Removal(case.subject, config)
+    outcome = np.full((2, 2, len(RULES), 1), 0.5, np.float32)
+    outcome[:, 1, 0] = 0.6
+    outcomes = {"cosine": outcome[:, ::-1], "top1": outcome}
+    summary = protocol.summarize(outcomes, estimate)
+    times = summary["milliseconds_per_image"]
+    assert {size: tuple(by_share) for size, by_share in times.items()} == {
+        "1": ("0", "0.5"),
+        "64": ("0", "0.5"),
+    }
+    assert all(time > 0 for by_share in times.values() for time in by_share.values())
+    *_, table = protocol.tables(summary, 2)
+    assert "patches removed before layer 1 | 0 % | 50 % |" in table
+    assert table.count("(1.00 x)") >= 2
+
+
+def test_first_layers_of_quarters():
+    assert first_of_quarters(12) == (0, 3, 6, 9)
+    assert first_of_quarters(6) == (0, 1, 3, 4)
+    assert first_of_quarters(2) == (0, 1)
 
 
 def test_some_patch_always_stays():

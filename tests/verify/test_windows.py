@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wf_vit import interventions, verify
-from wf_vit.models.vit import ViT
-from wf_vit.verify import network
-from wf_vit.verify.windows import RULES
+from configs import verify as verify_config
+from wf_vit import interventions
+from wf_vit.verify.subject import Answer
+from wf_vit.verify.windows import RULES, Windows, masks, windows
 
 LAYERS, IMAGES, HEADS, GRID = 2, 3, 3, (4, 4)
 PATCHES = 16
@@ -19,10 +19,10 @@ IMPACT = jax.random.uniform(jax.random.key(2), SHAPE)
 
 
 def kept(share):
-    masks = verify.masks(ATTENTION, IMPACT, KEYS, share=share, grid=GRID)
-    assert tuple(masks) == RULES
-    masks = {n: m if m.ndim == 5 else m[:, :, None] for n, m in masks.items()}
-    return {name: np.broadcast_to(mask, SHAPE) for name, mask in masks.items()}
+    found = masks(ATTENTION, IMPACT, KEYS, share=share, grid=GRID)
+    assert tuple(found) == RULES
+    found = {n: m if m.ndim == 5 else m[:, :, None] for n, m in found.items()}
+    return {name: np.broadcast_to(mask, SHAPE) for name, mask in found.items()}
 
 
 @pytest.mark.parametrize("share", [0.5, 0.27, 0.1])
@@ -40,12 +40,12 @@ def test_every_patch_keeps_itself():
 
 
 def test_fields_are_the_strongest_by_both_scores_and_least_important_the_others():
-    masks = kept(0.25)
+    by_rule = kept(0.25)
     score = np.asarray(jnp.sqrt(ATTENTION * IMPACT))
     off = ~np.broadcast_to(np.eye(PATCHES, dtype=bool), SHAPE)
     for image in range(IMAGES):
         own, worst, others = (
-            masks[name][:, image]
+            by_rule[name][:, image]
             for name in ("fields per head", "least important", "fields fused")
         )
         scores, rest = score[:, image], off[:, image]
@@ -96,7 +96,7 @@ def test_partition_tiles_the_grid_and_shifts_in_every_other_layer():
 
 
 def test_answers_land_at_their_rule_and_share():
-    whole = verify.Answer(
+    whole = Answer(
         logits=jnp.zeros((IMAGES, 2)),
         pooled=jnp.ones((IMAGES, 2)),
         patches=jnp.ones((IMAGES, PATCHES, 2)),
@@ -118,7 +118,7 @@ def test_answers_land_at_their_rule_and_share():
         pooled = jnp.array(
             [jnp.cos(angle) - jnp.sin(angle), jnp.cos(angle) + jnp.sin(angle)]
         )
-        return verify.Answer(
+        return Answer(
             logits=jnp.broadcast_to(
                 jnp.array([1.0 - right, float(right)]), (IMAGES, 2)
             ),
@@ -126,7 +126,7 @@ def test_answers_land_at_their_rule_and_share():
             patches=whole.patches,
         )
 
-    found = verify.windows(
+    found = windows(
         predict,
         whole,
         ATTENTION,
@@ -145,29 +145,45 @@ def test_answers_land_at_their_rule_and_share():
     np.testing.assert_allclose(found["patch_cosine"], 1, atol=1e-6)
 
 
-def test_keeping_everything_changes_nothing():
-    model = ViT(
-        num_classes=5,
-        image_size=(8, 12),
-        patch_size=(4, 4),
-        width=16,
-        depth=2,
-        mlp_dim=32,
-        num_heads=2,
-        num_registers=1,
+def protocol(case, *shares):
+    config = verify_config.get_config()
+    config.kept = shares
+    return Windows(case.subject, config)
+
+
+def test_keeping_everything_changes_nothing(case):
+    patches = case.impact.shape[-1]
+    found = protocol(case, 1.0, 1 / patches).measure(case, 6)
+    right = np.asarray(case.whole.logits.argmax(-1) == case.labels)
+    np.testing.assert_array_equal(
+        found["top1"][:, :, 0], np.broadcast_to(right[:, None], (6, len(RULES)))
     )
-    images = jax.random.normal(jax.random.key(3), (2, 8, 12, 3))
-    params = model.init(jax.random.key(4), images)["params"]
-    params = jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
-    )
-    whole, attention = network.whole(params, images, model=model)
-    assert attention.shape == (2, 2, 2, 8, 8)
-    all_kept = jnp.ones((2, 2, 2, 6, 6), bool)
-    same = network.masked(params, images, all_kept, model=model)
-    found = verify.agreement(same, whole, whole.logits.argmax(-1))
-    for outcome in found.values():
-        np.testing.assert_allclose(outcome, 1, atol=1e-6)
-    few = jnp.broadcast_to(jnp.eye(6, dtype=bool), all_kept.shape)
-    other = network.masked(params, images, few, model=model)
-    assert (verify.agreement(other, whole, None)["patch_cosine"] < 0.999).all()
+    for measure in ("cosine", "patch_cosine"):
+        np.testing.assert_allclose(found[measure][:, :, 0], 1, atol=1e-5)
+    # Of all others each patch keeps only itself.
+    assert (found["patch_cosine"][:, :, 1] < 0.999).all()
+
+
+def test_says_which_control_was_not_beaten(case, estimate):
+    means = np.full((len(RULES), 2), 0.5)
+    means[0] = 0.9, 0.6
+    means[RULES.index("random")] = 0.4, 0.7
+    rng = np.random.default_rng(0)
+    outcome = (means + 0.01 * rng.normal(size=(40, *means.shape))).astype(np.float32)
+    shown = protocol(case, 0.5, 0.1)
+    summary = shown.summarize({"cosine": outcome}, estimate)
+    margins = summary["margins"]["cosine"]
+    assert "fields fused" not in margins  # No control, but another of our rules.
+    assert margins["random"]["0.5"]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert margins["random"]["0.1"]["mean"] == pytest.approx(-0.1, abs=0.02)
+    assert margins["random"]["0.1"]["high"] < 0
+    _, table, verdict = shown.tables(summary, 40)
+    at_half, at_tenth = verdict.split(";")
+    assert verdict.startswith("Fields per head:")
+    assert "at 50 % it beats every control" in at_half
+    assert "at 10 % it does not beat random (-0." in at_tenth
+    assert "nearest (" not in at_tenth
+    row = next(line for line in table.splitlines() if line.startswith("| random"))
+    cells = row.split("|")
+    assert "**" not in cells[2]
+    assert "**" in cells[3]

@@ -10,6 +10,9 @@ perceptually uniform maps viridis and cividis, directions ``flow_colors``. Save 
         figure.savefig("fields.pdf")
         figure.savefig("fields.png")
 
+Where there are more layers than a column has room for, the first, the last and some
+spread evenly between them are shown.
+
 Panels over a photograph use patch coordinates: the centre of the patch in row r and
 column c is at (c, r), so the photograph spans -0.5 to GW - 0.5 and -0.5 to GH - 0.5.
 """

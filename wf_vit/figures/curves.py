@@ -19,7 +19,6 @@ Row = Mapping[str, Any]
 def training_curves(
     metrics: Sequence[Row] | Mapping[str, Sequence[Row]],
     *,
-    steps_per_epoch: int | None = None,
     width: float = COLUMN,
 ) -> Figure:
     """Draws loss and top-1 accuracy against the step, for one or several runs.
@@ -30,7 +29,6 @@ def training_curves(
       metrics: rows of ``metrics.jsonl``, or such rows by the label of their run. A row
         has ``step`` and any of ``train/loss``, ``<split>/loss`` and ``<split>/top1``
         (a fraction).
-      steps_per_epoch: counts the horizontal axis in epochs, if given.
       width: of the figure, in inches.
 
     Returns:
@@ -58,7 +56,7 @@ def training_curves(
         ):
             for panel, metric, scale in ((loss, "loss", 1), (accuracy, "top1", 100)):
                 for split in splits:
-                    x, y = _series(rows, f"{split}/{metric}", steps_per_epoch)
+                    x, y = _series(rows, f"{split}/{metric}")
                     look = {"ls": dashes[split], "marker": "." if len(x) < 20 else ""}
                     if split == "train":
                         look |= {"lw": 0.7, "alpha": 0.6}
@@ -70,7 +68,7 @@ def training_curves(
         loss.set_ylabel("loss")
         accuracy.set_ylabel("top-1 (%)")
         for panel in (loss, accuracy):
-            panel.set_xlabel("epoch" if steps_per_epoch else "step")
+            panel.set_xlabel("step")
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             if panel.get_legend_handles_labels()[1]:
                 panel.legend()
@@ -82,10 +80,9 @@ def _splits(names: set[str], metric: str) -> list[str]:
     return sorted(n.removesuffix(suffix) for n in names if n.endswith(suffix))
 
 
-def _series(rows, name, steps_per_epoch):
+def _series(rows, name):
     points = [(row["step"], row[name]) for row in rows if name in row]
-    steps, values = np.asarray(points, float).reshape(-1, 2).T
-    return steps / (steps_per_epoch or 1), values
+    return np.asarray(points, float).reshape(-1, 2).T
 
 
 def depth_profile(

@@ -12,6 +12,9 @@ from wf_vit.figures import panels as draw
 from wf_vit.figures.curves import areas_over_depth
 from wf_vit.figures.style import COLUMN, looks, style
 
+# Rows and columns at most: what is readable in a column of a paper.
+_IMAGES, _LAYERS = 3, 5
+
 
 def learned_fields(
     images: UInt8[np.ndarray, "_ height width 3"],
@@ -20,16 +23,15 @@ def learned_fields(
     *,
     softness: float = 0.5,
     patches: Sequence[int] | None = None,
-    max_images: int = 3,
-    max_layers: int = 5,
     width: float = COLUMN,
 ) -> Figure:
     """Draws a window-free transformer's learned fields over real images.
 
-    One row an image, one column a layer: the fields of one patch, a box for each head
-    where the border's membership is one half, over the image lit by the mean
-    membership over heads (so the soft border shows). Below, how the share of the grid
-    that a field covers is distributed over images and patches, layer by layer.
+    One row an image, the first three; one column a layer, at most five: the fields of
+    one patch, a box for each head where the border's membership is one half, over the
+    image lit by the mean membership over heads (so the soft border shows). Below, how
+    the share of the grid that a field covers is distributed over images and patches,
+    layer by layer.
 
     Args:
       images: what the fields were predicted from.
@@ -38,8 +40,6 @@ def learned_fields(
       softness: of the fields' border, in patches.
       patches: the patch to show in each image; by default the most telling one
         (``telling_patches``).
-      max_images: rows at most; the first images are shown.
-      max_layers: columns at most; spread evenly, first and last layer included.
       width: of the figure, in inches.
 
     Returns:
@@ -54,8 +54,8 @@ def learned_fields(
             f"{len(images)} images were given with extents of {extents.shape[1]}: "
             "pass the images that the extents [L, B, H, P, 4] were predicted from."
         )
-    layers = draw.spread(len(extents), max_layers)
-    shown = images[:max_images]
+    layers = draw.spread(len(extents), _LAYERS)
+    shown = images[:_IMAGES]
     if patches is None:
         patches = [draw.telling_patches(image, grid)[0] for image in shown]
     with style():
@@ -79,7 +79,6 @@ def learned_beside_measured(
     *,
     softness: float = 0.5,
     patch: int | None = None,
-    max_layers: int = 4,
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
@@ -93,7 +92,6 @@ def learned_beside_measured(
       grid: ``(GH, GW)``.
       softness: of the learned fields' border, in patches.
       patch: whose fields; by default the most telling one.
-      max_layers: panels at most; spread evenly, first and last layer included.
       layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
@@ -106,7 +104,7 @@ def learned_beside_measured(
     """
     draw.check_patches(learned.shape[2], grid)
     patch = int(draw.telling_patches(image, grid)[0]) if patch is None else patch
-    layers = draw.spread(len(learned), max_layers)
+    layers = draw.spread(len(learned), draw.LAYERS)
     position = geometry.coordinates(grid)[patch]
     with style():
         labels = ("learned", "measured")

@@ -20,7 +20,6 @@ def interactions(
     grid: geometry.Grid,
     *,
     patch: int | None = None,
-    max_layers: int = 4,
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
@@ -35,7 +34,6 @@ def interactions(
       grid: ``(GH, GW)``.
       patch: whose interactions; by default the image's most telling one
         (``telling_patches``).
-      max_layers: panels at most; spread evenly, first and last layer included.
       layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
@@ -48,7 +46,7 @@ def interactions(
     draw.check_patches(impact.shape[-1], grid)
     patch = int(draw.telling_patches(image, grid)[0]) if patch is None else patch
     shares = _normalized(impact) * impact.shape[-1]
-    layers = draw.spread(len(shares), max_layers)
+    layers = draw.spread(len(shares), draw.LAYERS)
     top = max(shares[layers, patch].max(), shares[layers, :, patch].max(), 10.0)
     norm = LogNorm(0.1, top, clip=True)
     # The photograph shows through, most where there is little to see.
@@ -83,7 +81,6 @@ def responsive_fields(
     grid: geometry.Grid,
     *,
     patches: Sequence[int] | None = None,
-    max_layers: int = 4,
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
@@ -95,7 +92,6 @@ def responsive_fields(
         are two standard deviations: the rim of a disc that is listened to evenly.
       grid: ``(GH, GW)``.
       patches: which to show; by default the three most telling ones.
-      max_layers: panels at most; spread evenly, first and last layer included.
       layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
@@ -112,7 +108,7 @@ def responsive_fields(
     draw.check_patches(extents.shape[1], grid)
     patches = draw.telling_patches(image, grid, 3) if patches is None else patches
     position = geometry.coordinates(grid)
-    layers = draw.spread(len(extents), max_layers)
+    layers = draw.spread(len(extents), draw.LAYERS)
     with style():
         labels = ("boxes", "ellipses")
         figure, panels, _ = draw.photo_grid(
@@ -137,7 +133,6 @@ def tendency(
     displacement: Float[np.ndarray, "L P 2"],
     grid: geometry.Grid,
     *,
-    max_layers: int = 4,
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
@@ -150,7 +145,6 @@ def tendency(
       image: the photograph.
       displacement: from each patch to the centroid of its field, in patches.
       grid: ``(GH, GW)``.
-      max_layers: panels at most; spread evenly, first and last layer included.
       layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
@@ -162,7 +156,7 @@ def tendency(
       UsageError: the displacements do not fit the grid.
     """
     draw.check_patches(displacement.shape[1], grid)
-    layers = draw.spread(len(displacement), max_layers)
+    layers = draw.spread(len(displacement), draw.LAYERS)
     rim = max(float(np.quantile(np.linalg.norm(displacement, axis=-1), 0.98)), 1e-6)
     stride = -(-max(grid) // 12)
     factor = min(1.0, 1.4 * stride / rim)
@@ -190,7 +184,6 @@ def indiscriminative(
     grid: geometry.Grid,
     *,
     share: float = 0.5,
-    max_layers: int = 4,
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,
 ) -> Figure:
@@ -201,7 +194,6 @@ def indiscriminative(
       discriminability: of every patch; each layer is shown relative to its mean.
       grid: ``(GH, GW)``.
       share: of the patches that are marked, lowest discriminability first.
-      max_layers: panels at most; spread evenly, first and last layer included.
       layer_names: what the layers are called, by default 0 to L - 1.
       width: of the figure, in inches.
 
@@ -213,7 +205,7 @@ def indiscriminative(
       UsageError: the values do not fit the grid.
     """
     draw.check_patches(discriminability.shape[1], grid)
-    layers = draw.spread(len(discriminability), max_layers)
+    layers = draw.spread(len(discriminability), draw.LAYERS)
     count = round(share * discriminability.shape[1])
     norm = LogNorm(0.25, 4, clip=True)
     with style():

@@ -10,6 +10,9 @@ from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
 from wf_vit.figures.style import COLORS, flow_colors
 
+# Layers at most that are shown beside each other, unless a figure says otherwise.
+LAYERS = 4
+
 Photograph = UInt8[np.ndarray, "height width 3"]
 
 

@@ -21,6 +21,7 @@ class Recording(NamedTuple):
         last, the final norm.
       extents: of the learned fields of a model that has them, in patches; else None.
       tokens: the residual stream after the final norm.
+      pooled: what the head reads.
       logits: of the head, or the pooled representation of a model without one.
     """
 
@@ -29,22 +30,25 @@ class Recording(NamedTuple):
     scale: Float[Array, "layers_and_1 B N"]
     extents: Float[Array, "L B H P 4"] | None
     tokens: Float[Array, "B N D"]
+    pooled: Float[Array, "B R"]
     logits: Float[Array, "B C"]
 
 
 def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
     """Returns the size in bytes of one image in a ``Recording``, all in float32.
 
-    ``4 (L H N^2 + (L + 1) N (D + 1) + C)``: 24.2 MB for all layers of a ViT-S/14 at 224
-    pixels, nearly all of it attention, which grows with the fourth power of the
-    image's side. While it is computed a batch takes as much again, and one that is
+    ``4 (L H N^2 + (L + 1) N (D + 1) + R + C)``, with R the width of what the head
+    reads: 24.2 MB for all layers of a ViT-S/14 at 224 pixels, nearly all of it
+    attention, which grows with the fourth power of the image's side. Learned fields
+    add ``16 L H P``. While it is computed a batch takes as much again, and one that is
     propagated about 8 times as much, whatever the number of probes.
     """
     count = len(model.check_layers(layers))
     tokens = model.num_tokens
     attention = count * model.num_heads * tokens**2
     streams = (count + 1) * tokens * (model.width + 1)
-    return 4 * (attention + streams + model.num_classes)
+    pooled = model.representation_size or model.width * (1 + (model.pool == "cls_mean"))
+    return 4 * (attention + streams + pooled + (model.num_classes or pooled))
 
 
 def forward(
@@ -76,6 +80,7 @@ def forward(
         scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
         extents=jnp.stack(extents) if extents else None,
         tokens=tokens,
+        pooled=outputs["pooled"],
         logits=logits,
     )
 

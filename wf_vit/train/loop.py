@@ -16,11 +16,12 @@ import jax
 import ml_collections
 import numpy as np
 from clu import periodic_actions
+from jaxtyping import UInt8
 
 from wf_vit.data.config import DataConfig
 from wf_vit.data.pipeline import Dataset, open_dataset
 from wf_vit.errors import UsageError
-from wf_vit.shapes import Params, RawImages
+from wf_vit.shapes import Params
 from wf_vit.train import parallel, steps
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.config import Training, resolve
@@ -179,7 +180,7 @@ class Run:
             )
         )
 
-    def examples(self) -> RawImages:
+    def examples(self) -> UInt8[np.ndarray, "B height width 3"]:
         """Returns a few images of the first evaluation split, to be drawn."""
         batch = next(
             self.data.eval_batches(next(iter(self.data.config.eval)), batch_size=6)

@@ -14,12 +14,13 @@ import ml_collections
 import numpy as np
 import tqdm
 from clu import metric_writers
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from wf_vit import figures
 from wf_vit.data import augment
 from wf_vit.models.vit import ViT
-from wf_vit.shapes import Params, RawImages
+from wf_vit.shapes import Params
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def save_figures(
     workdir: Path,
     model: ViT,
     params: Params,
-    images: RawImages,
+    images: UInt8[np.ndarray, "B height width 3"],
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],

@@ -1,30 +1,130 @@
-"""Does an indicator rank interactions by what happens when they are really cut?
+"""The protocol ``faithfulness``: do ranks agree with what happens in real cuts?
 
-The protocol takes what the model predicts as a function, and arrays (design.md,
-"Verification" a): interactions are drawn at random, each is really cut, the rest of
-the network is run, and the ranks of what happened are compared with those of what an
-indicator says.
+Interactions are drawn at random, each is really cut, the rest of the network is run,
+and the ranks of what happened are compared with those of what an indicator says.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
 from scipy import stats
 
+from wf_vit import measure
 from wf_vit.errors import UsageError
-from wf_vit.shapes import Key
+from wf_vit.figures import evidence
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Images, Key, Params
+from wf_vit.verify import report
+from wf_vit.verify.subject import Case, Estimate, Outcomes, Subject, Summary, streams
 
 # The final tokens of one image, S times, from the index of a layer and from what is
 # added to the attention logits of that layer in each of the S runs.
 Predict = Callable[[int, Float[Array, "S 1 N N"]], Float[Array, "S N D"]]
 
 TARGETS = ("tokens", "own", "cls")
+# What is compared with real cuts.
+INDICATORS = ("propagated", "knockout", "mean", "std", "distance", "random")
+
+
+class Faithfulness:
+    """The ranks of interactions (`wf_vit.verify.subject.Protocol`)."""
+
+    needs_head = False
+
+    def __init__(self, subject: Subject, config: ml_collections.ConfigDict):
+        """Reads ``config.num_cuts``, for each layer and image."""
+        self._num_cuts = config.num_cuts
+        self._targets = tuple(
+            target for target in TARGETS if target != "cls" or subject.model.cls_token
+        )
+
+    def measure(self, case: Case, count: int) -> Outcomes:
+        """Returns ``correlation`` by image, target, indicator and layer."""
+        images = [self._correlation(case, place) for place in range(count)]
+        return {"correlation": np.stack(images)}
+
+    def _correlation(
+        self, case: Case, place: int
+    ) -> Float[np.ndarray, "targets indicators L"]:
+        """Returns the rank correlations of one image."""
+        model, params = case.subject.model, case.subject.params
+        image = case.images[place : place + 1]
+        key = jax.random.fold_in(jax.random.fold_in(case.key, 3), place)
+        cuts, probes, noise = jax.random.split(key, 3)
+        layers = tuple(range(model.depth))
+        impacts, recording = {}, None
+        for name in INDICATORS:
+            # The first one is propagated; the others look at its recording.
+            measured = measure.impact(
+                model,
+                params,
+                image,
+                name,
+                num_probes=case.subject.num_probes,
+                key=noise if recording else probes,
+                recording=recording,
+            )
+            impacts[name], recording = measured.impact[:, 0], measured.recording
+        found = faithfulness(
+            cut(params, image, layers=layers, model=model),
+            impacts,
+            layers,
+            key=cuts,
+            num_interactions=self._num_cuts,
+            num_prefix_tokens=model.num_prefix_tokens,
+        ).correlation
+        return np.array(
+            [[found[target][name] for name in INDICATORS] for target in self._targets]
+        )
+
+    def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
+        """Returns the correlations by target and indicator, and those by layer."""
+        correlation = outcomes["correlation"]
+        names = self._targets, INDICATORS
+        # In the last layer no cut between patches reaches the CLS token.
+        counted = np.isfinite(correlation)
+        total = np.where(counted, correlation, 0.0).sum(-1)
+        mean = total / np.where(counted.any(-1), counted.sum(-1), np.nan)
+        return {
+            "mean": report.nested(estimate(mean), *names),
+            "by_layer": report.nested(estimate(correlation), *names),
+        }
+
+    def tables(self, summary: Summary, images: int) -> Iterator[str]:
+        """Yields one table of the indicators."""
+        yield (
+            f"**Faithfulness**, {images:,} images: rank correlation of an indicator "
+            "with what real cuts do, mean over layers."
+        )
+        targets = summary["mean"]
+        of_indicator = {
+            name: {f"effect on {target}": targets[target][name] for target in targets}
+            for name in next(iter(targets.values()))
+        }
+        yield report.rows("indicator", of_indicator, "correlation")
+
+    def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
+        """Yields one figure over the layers, with a panel for each target."""
+        panels = {
+            f"effect on {target}": {
+                name: report.curve(np.arange(len(numbers["mean"])), numbers)
+                for name, numbers in of_indicator.items()
+            }
+            for target, of_indicator in summary["by_layer"].items()
+        }
+        own = INDICATORS[:1]
+        yield (
+            "faithfulness",
+            evidence(panels, "layer", ylabel="rank correlation", own=own),
+        )
 
 
 class CutImpact(NamedTuple):
@@ -43,7 +143,7 @@ class CutImpact(NamedTuple):
     cls: Float[np.ndarray, " S"]
 
 
-class Faithfulness(NamedTuple):
+class Comparison(NamedTuple):
     """What the cuts of one image did, and how well each indicator ranks them.
 
     Attributes:
@@ -57,6 +157,37 @@ class Faithfulness(NamedTuple):
     interactions: Int[np.ndarray, "L S 2"]
     truth: dict[str, Float[np.ndarray, "L S"]]
     correlation: dict[str, dict[str, Float[np.ndarray, "*repeats L"]]]
+
+
+def cut(
+    params: Params, image: Images, *, layers: tuple[int, ...], model: ViT
+) -> Predict:
+    """Returns what a cut does to the final tokens of one image, in float64.
+
+    The weakest cuts move the output by little more than the rounding of float32.
+    """
+    model = model.clone(dtype=jnp.float64)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        before = streams(params, image, layers=layers, model=model)
+
+    def predict(layer, bias):
+        with jax.enable_x64(True):
+            return _cut(params, before[layer], bias, layer=layer, model=model)
+
+    return predict
+
+
+@partial(jax.jit, static_argnames=("layer", "model"))
+def _cut(params, tokens, bias, *, layer: int, model: ViT):
+    variables = {"params": params}
+    tokens = jnp.broadcast_to(tokens, (len(bias), *tokens.shape[1:]))
+    biases = [None] * model.depth
+    biases[layer] = bias.astype(tokens.dtype)
+    tokens, _ = model.apply(
+        variables, tokens, start=layer, bias=biases, method="encode"
+    )
+    return model.apply(variables, tokens, method="readout")[1]["tokens"]
 
 
 def sample_interactions(
@@ -172,7 +303,7 @@ def faithfulness(
     num_prefix_tokens: int,
     num_interactions: int = 80,
     batch_size: int = 20,
-) -> Faithfulness:
+) -> Comparison:
     """Compares indicators of one image with real cuts followed through the network.
 
     Args:
@@ -221,7 +352,7 @@ def faithfulness(
         target: {name: correlate(impact, moved) for name, impact in impacts.items()}
         for target, moved in truth.items()
     }
-    return Faithfulness(np.stack(interactions), truth, correlation)
+    return Comparison(np.stack(interactions), truth, correlation)
 
 
 def _count_patches(impacts: Mapping, num_layers: int) -> int:

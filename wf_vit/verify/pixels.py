@@ -1,8 +1,7 @@
-"""Does a map of the patches say which of the image's pixels an answer rests on?
+"""The protocol ``pixels``: does a map say which pixels an answer rests on?
 
 Patches of the image are filled in the order of the map, in steps, and the model is
-asked after every step (design.md, "Verification" d). The rule, which published numbers
-often leave open:
+asked after every step. The rule, which published numbers often leave open:
 
 - the image is filled in 10 steps of 10 % of the patches (their number rounded), and
   the image itself, as step 0, is a point of the curve, so that it has 11;
@@ -19,21 +18,180 @@ often leave open:
 - the class is the one that the model predicts for the image, or the true one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
 
+from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
+from wf_vit.figures import evidence
 from wf_vit.grid import Grid
 from wf_vit.shapes import Images, Labels, Logits
-from wf_vit.verify.answers import Outcomes
+from wf_vit.verify import report
+from wf_vit.verify.subject import (
+    Case,
+    Estimate,
+    Outcomes,
+    Subject,
+    Summary,
+    classify,
+)
 
 STEPS = 10
 ORDERS = ("most important first", "least important first")
+# What patches are filled with.
+FILLS = ("mean", "blur")
+# Each area by name: of which outcome, and which order of filling.
+AREAS = {
+    "deletion": ("probability", 0),
+    "insertion": ("probability", 1),
+    "positive perturbation": ("top1", 0),
+    "negative perturbation": ("top1", 1),
+}
+
+
+class Pixels:
+    """Patches of the image filled (`wf_vit.verify.subject.Protocol`)."""
+
+    needs_head = True
+
+    def __init__(self, subject: Subject, config: ml_collections.ConfigDict):
+        """Asks for the true class, too, if the labels are the model's classes."""
+        del config
+        self._kinds = ("predicted", "true") if subject.labelled else ("predicted",)
+
+    def measure(self, case: Case, count: int) -> Outcomes:
+        """Returns the outcomes of `pixels` for all images of a batch."""
+        del count  # The whole batch: one shape, traced once.
+        model, params = case.subject.model, case.subject.params
+        classes = {"predicted": case.whole.logits.argmax(-1), "true": case.labels}
+        fills = (mean_filled(case.images), blurred(case.images, model.patch_size))
+        return pixels(
+            partial(classify, params, model=model),
+            case.images,
+            importance_maps(case, {kind: classes[kind] for kind in self._kinds}),
+            dict(zip(FILLS, fills, strict=True)),
+            grid=model.grid,
+            labels=case.labels,
+        )
+
+    def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
+        """Returns areas and curves by class, area, map and fill."""
+        names = map_names(self._kinds), FILLS
+
+        def summary(of_curves):
+            return {
+                kind: {
+                    area: report.nested(
+                        estimate(of_curves(outcomes[f"{kind}_{name}"][..., order, :])),
+                        *names,
+                    )
+                    for area, (name, order) in AREAS.items()
+                }
+                for kind in self._kinds
+            }
+
+        return {"auc": summary(auc), "curves": summary(lambda curves: curves)}
+
+    def tables(self, summary: Summary, images: int) -> Iterator[str]:
+        """Yields a table of the maps for each class and fill."""
+        yield (
+            f"**Pixels**, {images:,} images: area under the curve while patches are "
+            "filled in the order of a map (rule: wf_vit/verify/pixels.py), in %. Lower "
+            "is better for deletion and positive perturbation."
+        )
+        for kind, by_area in summary["auc"].items():
+            for fill in FILLS:
+                of_map = {
+                    name: {area: by_map[name][fill] for area, by_map in by_area.items()}
+                    for name in map_names([kind])
+                }
+                head = f"{kind} class, {fill} fill"
+                yield report.rows(head, of_map, "top1", bold=False)
+
+    def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
+        """Yields a figure for each class and fill, with a panel for each area."""
+        for kind, by_area in summary["curves"].items():
+            maps = map_names([kind])
+            for fill in FILLS:
+                panels = {
+                    area: {
+                        name: report.curve(_shown(area), of_map[name][fill], 100.0)
+                        for name in maps
+                    }
+                    for area, of_map in by_area.items()
+                }
+                figure = evidence(
+                    panels,
+                    "patches filled or shown (%)",
+                    ylabel=f"{kind} class (%)",
+                    own=maps[:2],
+                )
+                yield f"pixels_{kind}_{fill}", figure
+
+
+def _shown(area: str) -> Float[np.ndarray, " points"]:
+    """Returns the horizontal axis, in %: insertion is read backwards."""
+    filled = 100 * np.arange(STEPS + 1) / STEPS
+    return 100 - filled if area == "insertion" else filled
+
+
+def map_names(kinds: Collection[str]) -> tuple[str, ...]:
+    """Returns the names of ``importance_maps``, for classes of such names."""
+    own = ("impact", *(f"effect on {kind} class" for kind in kinds))
+    return (*own, "attention", "rollout", "random")
+
+
+def importance_maps(
+    case: Case, classes: Mapping[str, Labels]
+) -> dict[str, Float[Array, "B P"]]:
+    """Returns maps of the patches' importance for what the head reads.
+
+    An indicator's map of patch j is the sum over the layers and over all queries,
+    prefix tokens included, of j's impact. Attention's is what j receives from the CLS
+    token, or from all patches if there is none, mean over heads.
+
+    Args:
+      case: the images, and a model with a head.
+      classes: to explain, by name: one for each image.
+
+    Returns:
+      By the names of ``map_names``: the impact propagated to the pooled
+      representation; the signed effect on the logit of each of the classes; and the
+      controls attention (summed over layers), rollout and random.
+    """
+    subject, key = case.subject, jax.random.fold_in(case.key, 2)
+    network = (subject.model, subject.params, case.images)
+    prefix, attention = subject.model.num_prefix_tokens, case.attention
+    knockout, _ = measure.propagate(
+        *network,
+        target="pooled",
+        key=key,
+        num_probes=subject.num_probes,
+        prefix_tokens=True,
+    )
+    effects = [
+        measure.propagate_logit(*network, classes=wanted, prefix_tokens=True)
+        for wanted in classes.values()
+    ]
+
+    def received(matrix: Float[Array, "*batch N N"]) -> Float[Array, "*batch P"]:
+        row = matrix[..., 0, :] if prefix else matrix.mean(-2)
+        return row[..., prefix:]
+
+    controls = (
+        received(attention.mean(2)).sum(0),
+        received(indicators.attention_rollout(attention, num_prefix_tokens=0)[-1]),
+        jax.random.uniform(key, (len(case.images), attention.shape[-1] - prefix)),
+    )
+    own = (impact.sum((0, 2))[:, prefix:] for impact in (knockout.impact, *effects))
+    return dict(zip(map_names(classes), (*own, *controls), strict=True))
 
 
 def auc(

@@ -1,27 +1,266 @@
-"""Can patches that an indicator calls indiscriminative really be done without?
+"""The protocol ``removal``: can indiscriminative patches really be done without?
 
 From some layer on their tokens are gathered out, so that the sequence is shorter. What
 is left of the model's answer is compared with what other choices of as many patches
-leave (design.md, "Verification" c).
+leave.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import ml_collections
 from jaxtyping import Array, Float, Int
 from jaxtyping import Key as KeyArray
+from matplotlib.figure import Figure
 
+from wf_vit.errors import UsageError
 from wf_vit.fields import discriminability
-from wf_vit.interventions import keep_patches
-from wf_vit.shapes import Labels
-from wf_vit.verify.answers import Answer, Outcomes, agreement
+from wf_vit.figures import evidence
+from wf_vit.interventions import gather_patches, keep_patches
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Images, Labels, Logits, Params, Tokens
+from wf_vit.verify import report
+from wf_vit.verify.subject import (
+    Answer,
+    Case,
+    Estimate,
+    Outcomes,
+    Subject,
+    Summary,
+    agreement,
+    answer_of,
+    classify,
+    stacked,
+    streams,
+)
 
 # What is put to the test first, then the controls. Each removes what it scores lowest.
 OWN = ("least discriminative", "least impact")
 RULES = (*OWN, "least attended", "random", "most discriminative")
 CONTROLS = RULES[2:]
+# Of the images that are timed.
+_BATCH_SIZES = (1, 64)
+
+
+class Removal:
+    """Patches gathered out (`wf_vit.verify.subject.Protocol`)."""
+
+    needs_head = False
+
+    def __init__(self, subject: Subject, config: ml_collections.ConfigDict):
+        """Reads ``config.layers``, ``config.removed`` and ``config.timing_turns``.
+
+        Raises:
+          UsageError: the model has no such layers.
+        """
+        depth = subject.model.depth
+        self._subject, self._turns = subject, config.timing_turns
+        self._layers = tuple(config.layers) or first_of_quarters(depth)
+        self._shares = tuple(config.removed)
+        if not set(self._layers) <= set(range(depth)):
+            raise UsageError(
+                f"config.layers is {self._layers}: name some of the model's layers, 0 "
+                f"to {depth - 1}, or none for the first of each quarter."
+            )
+
+    def measure(self, case: Case, count: int) -> Outcomes:
+        """Returns the measures of `removal` for all images of a batch."""
+        del count  # The whole batch: one shape, traced once.
+        model, params = case.subject.model, case.subject.params
+        before = streams(params, case.images, layers=self._layers, model=model)
+
+        def predict(layer, patches):
+            return _gathered(params, before[layer], patches, layer=layer, model=model)
+
+        return removal(
+            predict,
+            case.whole,
+            patch_scores(case.attention, case.impact, case.image_keys),
+            layers=self._layers,
+            shares=self._shares,
+            labels=case.labels,
+        )
+
+    def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
+        """Returns measures and margins by layer, rule and share, and the wall-clock.
+
+        ``best_layer`` is the one before which a rule is widest ahead of its best
+        control, in the mean over the shares: it is chosen on the images that it is
+        reported on. The time is that of removal before the best layer of the first
+        rule by the first measure.
+        """
+        layers, shares = self._layers, self._shares
+        controls = [RULES.index(rule) for rule in CONTROLS]
+        margins = {
+            measure: {
+                own: estimate(o[:, :, RULES.index(own), None] - o[:, :, controls])
+                for own in OWN
+            }
+            for measure, o in outcomes.items()
+        }
+        summary = {
+            "measures": {
+                measure: report.nested(estimate(o), layers, RULES, shares)
+                for measure, o in outcomes.items()
+            },
+            "margins": {
+                measure: {
+                    own: report.nested(margin, layers, CONTROLS, shares)
+                    for own, margin in by_rule.items()
+                }
+                for measure, by_rule in margins.items()
+            },
+            "best_layer": {
+                measure: {
+                    own: layers[int(margin.mean.min(1).mean(1).argmax())]
+                    for own, margin in by_rule.items()
+                }
+                for measure, by_rule in margins.items()
+            },
+        }
+        if self._turns:
+            summary["milliseconds_per_image"] = self._times(_timed_layer(summary))
+        return summary
+
+    def tables(self, summary: Summary, images: int) -> Iterator[str]:
+        """Yields a table of the rules for each measure, and one of the wall-clock."""
+        for measure in report.measured(summary):
+            layer = summary["best_layer"][measure][OWN[0]]
+            yield (
+                f"**Removal**, {images:,} images: a share of the patches gathered out "
+                f"before layer {layer}, the one with the widest margin over the best "
+                "control on these images; the figure shows the others."
+            )
+            by_rule = summary["measures"][measure][str(layer)]
+            head = f"{report.MEASURES[measure][0]}, patches removed"
+            yield report.rows(head, by_rule, measure)
+            for own in OWN:
+                margins = summary["margins"][measure][own][str(layer)]
+                yield report.verdict(own, margins, measure)
+        if "milliseconds_per_image" in summary:
+            yield _time_table(summary["milliseconds_per_image"], _timed_layer(summary))
+
+    def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
+        """Yields a figure for each measure, with a panel for each layer."""
+        for measure in report.measured(summary):
+            panels = {
+                f"before layer {layer}": report.over_shares(by_rule, measure)
+                for layer, by_rule in summary["measures"][measure].items()
+            }
+            figure = evidence(
+                panels,
+                "patches removed (%)",
+                own=OWN,
+                aside=RULES[-1:],
+                ylabel=report.MEASURES[measure][1],
+            )
+            yield f"removal_{measure}", figure
+
+    def _times(self, layer: int) -> dict[str, dict[str, float]]:
+        """Times whole forward passes, from images to logits, turn by turn.
+
+        Which patches go is given: what it takes to find out is not in the time, nor is
+        the compilation. What else the machine does is spread evenly over all
+        conditions.
+
+        Returns:
+          Milliseconds an image, the median over the turns, by batch size and share;
+          the share 0 is the whole model.
+        """
+        model, params = self._subject.model, self._subject.params
+        patches = model.num_tokens - model.num_prefix_tokens
+        order = jax.random.permutation(jax.random.key(1), patches)
+        times = {}
+        for size in _BATCH_SIZES:
+            images = jax.random.normal(jax.random.key(0), (size, *model.image_size, 3))
+            forward = {0: partial(classify, params, images, model=model)}
+            for share in self._shares:
+                kept = jnp.sort(order[: num_kept(share, patches)])
+                kept = jnp.broadcast_to(kept, (size, len(kept)))
+                forward[share] = partial(
+                    _shortened, params, images, kept, layer=layer, model=model
+                )
+            times[str(size)] = {
+                str(share): milliseconds / size
+                for share, milliseconds in _take_turns(forward, self._turns).items()
+            }
+        return times
+
+
+def first_of_quarters(depth: int) -> tuple[int, ...]:
+    """Returns the first layer of each quarter of a model's layers, each once."""
+    return tuple(sorted({quarter * depth // 4 for quarter in range(4)}))
+
+
+def _timed_layer(summary: Summary) -> int:
+    return summary["best_layer"][report.measured(summary)[0]][OWN[0]]
+
+
+def _time_table(by_batch: Mapping[str, Mapping[str, float]], layer: int) -> str:
+    lines = []
+    for size, by_share in by_batch.items():
+        whole = by_share["0"]
+        cells = [f"{time:.3g} ({whole / time:.2f} x)" for time in by_share.values()]
+        lines.append([f"batch {size}", *cells])
+    head = f"ms an image (speed-up), patches removed before layer {layer}"
+    return report.markdown([head, *map(report.percent, by_share)], lines)
+
+
+@partial(jax.jit, static_argnames=("layer", "model"))
+def _gathered(
+    params: Params,
+    tokens: Tokens,
+    patches: Int[Array, "B kept"],
+    *,
+    layer: int,
+    model: ViT,
+) -> Answer:
+    """Returns the answer when from a layer on only some patches are there.
+
+    Args:
+      params: the model's.
+      tokens: the residual stream of all patches before the layer.
+      patches: those that stay.
+      layer: the first one without the others.
+      model: the model.
+    """
+    variables = {"params": params}
+    tokens = gather_patches(tokens, patches, num_prefix_tokens=model.num_prefix_tokens)
+    tokens, _ = model.apply(
+        variables, tokens, start=layer, patches=patches, method="encode"
+    )
+    return answer_of(model, *model.apply(variables, tokens, method="readout"))
+
+
+@partial(jax.jit, static_argnames=("layer", "model"))
+def _shortened(
+    params: Params,
+    images: Images,
+    patches: Int[Array, "B kept"],
+    *,
+    layer: int,
+    model: ViT,
+) -> Logits:
+    """Returns the logits when from a layer on only some patches are there."""
+    tokens = streams(params, images, layers=(layer,), model=model)[layer]
+    return _gathered(params, tokens, patches, layer=layer, model=model).logits
+
+
+def _take_turns(functions, turns):
+    """Returns the median time of each function, in milliseconds."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    taken = {name: [] for name in functions}
+    for _ in range(turns):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            taken[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def patch_scores(
@@ -106,8 +345,4 @@ def removal(
         for score in scores.values()
         for share in shares
     ]
-    conditions = (len(layers), len(scores), len(shares))
-    return {
-        name: np.stack([o[name] for o in outcomes], -1).reshape(-1, *conditions)
-        for name in outcomes[0]
-    }
+    return stacked(outcomes, (len(layers), len(scores), len(shares)))

@@ -1,230 +1,239 @@
-"""A model that is verified: the protocols, wired to it, on one batch."""
+"""What is verified, and what a protocol is.
+
+A `Subject` is a model, a `Case` is the subject on one batch of images. A `Protocol`
+changes something about a case (which interactions are kept, which patches are there),
+asks the model again and compares the two answers.
+"""
 
 import dataclasses
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+from jaxtyping import Key as KeyArray
+from matplotlib.figure import Figure
 
-from wf_vit import indicators, measure
+from wf_vit import measure
 from wf_vit.models.vit import ViT
-from wf_vit.shapes import Images, Key, Labels, Params
-from wf_vit.verify import network
-from wf_vit.verify.answers import Collected, Outcomes
-from wf_vit.verify.faithfulness import TARGETS, faithfulness
-from wf_vit.verify.pixels import blurred, mean_filled, pixels
-from wf_vit.verify.removal import patch_scores, removal
-from wf_vit.verify.windows import windows
+from wf_vit.shapes import Images, Key, Labels, Logits, Params, Tokens
+from wf_vit.verify.bootstrap import Interval
 
-# What faithfulness compares with the propagated impact.
-_METHODS = ("mean", "std", "distance", "random")
-INDICATORS = ("propagated", "knockout", *_METHODS)
-# What pixels fills patches with.
-FILLS = ("mean", "blur")
+# Numbers per image, by what they measure.
+Outcomes = dict[str, Float[np.ndarray, " B *conditions"]]
+# What is made of the outcomes, in terms of JSON.
+Summary = dict[str, Any]
+Estimate = Callable[[Float[np.ndarray, "..."]], Interval]
+
+
+class Answer(NamedTuple):
+    """What a model computes for a batch.
+
+    Attributes:
+      logits: of the head; of the model's own representation if it has none.
+      pooled: what the head reads: CLS, or the mean of the patches.
+      patches: the final tokens of the patches that are there.
+    """
+
+    logits: Float[Array, "B C"]
+    pooled: Float[Array, "B D"]
+    patches: Float[Array, "B P Q"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is verified, and how.
+    """A model that is verified.
 
     Attributes:
       model: the model.
       params: its parameters.
-      layers: before which patches are removed.
-      labelled: whether the data's labels are the model's classes.
-      config: see ``configs/verify.py``.
+      labelled: whether the labels of the data are the classes of the model.
+      target: the output that the propagated impact looks at (`measure.propagate`).
+      num_probes: of the propagated impact.
     """
 
     model: ViT
     params: Params
-    layers: tuple[int, ...]
     labelled: bool
-    config: ml_collections.ConfigDict
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The effects of a cut that mean something in this model."""
-        return tuple(t for t in TARGETS if t != "cls" or self.model.cls_token)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The classes that pixels asks for."""
-        return ("predicted", "true") if self.labelled else ("predicted",)
-
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """The maps that pixels compares."""
-        return network.map_names(self.kinds)
-
-    def outcomes(
-        self, images: Images, labels: Labels, counts: dict[str, int], key: Key
-    ) -> Collected:
-        """Returns the outcomes of each protocol on the first images of a batch.
-
-        Args:
-          images: normalised.
-          labels: their classes.
-          counts: how many images each protocol takes; the others fill up the batch.
-          key: randomness of the batch.
-
-        Returns:
-          ``PROTOCOL/MEASURE``: what the protocol returns for each image, and with
-          labels ``whole/top1``, of the model left alone.
-        """
-        labels = labels if self.labelled else None
-        case = _Case(self, images, labels, key)
-        outcomes = {}
-        if labels is not None:
-            right = np.asarray(case.whole.logits.argmax(-1) == labels, np.float32)
-            outcomes["whole/top1"] = right[: max(counts.values())]
-        for protocol, count in counts.items():
-            measures = getattr(case, protocol)(count) if count else {}
-            for name, outcome in measures.items():
-                outcomes[f"{protocol}/{name}"] = outcome[:count]
-        return outcomes
+    target: str = "tokens"
+    num_probes: int = 8
 
 
-class _Case:
-    """One batch: what several protocols need of it is computed once.
+class Case:
+    """One batch of images. What several protocols need of it is computed once.
 
-    It has a method for each protocol, which may return the outcomes of more images
-    than it is asked for.
+    Attributes:
+      subject: the model.
+      images: normalised, ``[B, height, width, 3]``.
+      labels: their classes, or None if the model does not know them.
+      key: randomness of the batch. A protocol that needs its own folds a number in
+        that no other one uses; 0 and 1 are taken here.
     """
 
-    def __init__(self, subject, images, labels, key):
-        self.subject, self.images, self.labels = subject, images, labels
-        self.model, self.params = subject.model, subject.params
-        self.probes, noise, self.maps, self.cuts = jax.random.split(key, 4)
-        self.noise = jax.random.split(noise, len(images))
-        self.whole, self.attention = network.whole(
-            self.params, images, model=self.model
-        )
+    def __init__(
+        self, subject: Subject, images: Images, labels: Labels | None, key: Key
+    ):
+        """Computes nothing yet."""
+        self.subject, self.images, self.key = subject, images, key
+        self.labels = labels if subject.labelled else None
 
     @cached_property
-    def impact(self) -> Float[Array, "L B H P P"]:
-        config = self.subject.config
-        (knockout,) = measure.propagate(
-            self.model,
-            self.params,
+    def _propagated(self) -> measure.Impact:
+        return measure.impact(
+            self.subject.model,
+            self.subject.params,
             self.images,
-            target=config.target,
-            key=self.probes,
-            num_probes=config.num_probes,
+            "propagated",
             per_head=True,
-            batch_size=len(self.images),
-        )
-        return knockout.impact
-
-    def windows(self, count: int) -> Outcomes:
-        del count  # The whole batch: one shape, traced once.
-        prefix = self.model.num_prefix_tokens
-        return windows(
-            partial(network.masked, self.params, self.images, model=self.model),
-            self.whole,
-            self.attention[..., prefix:, prefix:],
-            self.impact,
-            shares=self.subject.config.kept,
-            grid=self.model.grid,
-            keys=self.noise,
-            labels=self.labels,
+            target=self.subject.target,
+            num_probes=self.subject.num_probes,
+            key=jax.random.fold_in(self.key, 0),
         )
 
-    def removal(self, count: int) -> Outcomes:
-        del count  # The whole batch: one shape, traced once.
-        layers = self.subject.layers
-        streams = network.inputs(
-            self.params, self.images, layers=layers, model=self.model
-        )
+    @property
+    def impact(self) -> Float[Array, "L B H P P"]:
+        """The propagated impact, per head."""
+        return self._propagated.heads
 
-        def predict(layer, patches):
-            return network.gathered(
-                self.params, streams[layer], patches, layer=layer, model=self.model
-            )
+    @property
+    def attention(self) -> Float[Array, "L B H N N"]:
+        """The attention of all layers and tokens."""
+        return self._propagated.recording.attention
 
-        return removal(
-            predict,
-            self.whole,
-            patch_scores(self.attention, self.impact, self.noise),
-            layers=layers,
-            shares=self.subject.config.removed,
-            labels=self.labels,
-        )
+    @property
+    def whole(self) -> Answer:
+        """The answer of the model left alone."""
+        recording = self._propagated.recording
+        patches = recording.tokens[:, self.subject.model.num_prefix_tokens :]
+        return Answer(recording.logits, recording.pooled, patches)
 
-    def pixels(self, count: int) -> Outcomes:
-        del count  # The whole batch: one shape, traced once.
-        classes = {"predicted": self.whole.logits.argmax(-1)}
-        if self.labels is not None:
-            classes["true"] = self.labels
-        maps = network.importance_maps(
-            self.params,
-            self.images,
-            self.attention,
-            classes=classes,
-            num_probes=self.subject.config.num_probes,
-            key=self.maps,
-            model=self.model,
-        )
-        fills = (
-            mean_filled(self.images),
-            blurred(self.images, self.model.patch_size),
-        )
-        return pixels(
-            partial(network.classify, self.params, model=self.model),
-            self.images,
-            {name: maps[name] for name in self.subject.maps},
-            dict(zip(FILLS, fills, strict=True)),
-            grid=self.model.grid,
-            labels=self.labels,
-        )
+    @property
+    def image_keys(self) -> KeyArray[Array, " B"]:
+        """Randomness of each image, for controls that choose at random."""
+        return jax.random.split(jax.random.fold_in(self.key, 1), len(self.images))
 
-    def faithfulness(self, count: int) -> Outcomes:
-        images = [self._correlation(place) for place in range(count)]
-        return {"correlation": np.stack(images)}
 
-    def _correlation(self, place: int) -> Float[np.ndarray, "targets indicators L"]:
-        """Returns the rank correlations of one image."""
-        image = self.images[place : place + 1]
-        cuts, probes, noise = jax.random.split(jax.random.fold_in(self.cuts, place), 3)
-        layers = tuple(range(self.model.depth))
-        tokens = {"num_prefix_tokens": self.model.num_prefix_tokens}
-        config = self.subject.config
-        (recorded,) = measure.record(self.model, self.params, image)
-        (propagated,) = measure.propagate(
-            self.model,
-            self.params,
-            image,
-            target="tokens",
-            key=probes,
-            num_probes=config.num_probes,
+@typing.runtime_checkable
+class Protocol(typing.Protocol):
+    """Evidence for an indicator, beside controls of equal size.
+
+    To add one: write a class like this in a file of its own, and name it in
+    ``wf_vit.verify.PROTOCOLS``.
+
+    Attributes:
+      needs_head: whether it makes no sense for a model without classes.
+    """
+
+    needs_head: bool
+
+    def __init__(self, subject: Subject, config: ml_collections.ConfigDict):
+        """Reads its settings.
+
+        Args:
+          subject: the model.
+          config: see ``configs/verify.py``.
+
+        Raises:
+          UsageError: the settings do not fit the model.
+        """
+
+    def measure(self, case: Case, count: int) -> Outcomes:
+        """Returns the outcomes of at least the first ``count`` images of a batch."""
+
+    def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
+        """Returns what ``verify.json`` says of the outcomes of all images.
+
+        Args:
+          outcomes: by the names that ``measure`` gave them.
+          estimate: the mean over images and its interval, see `bootstrap.intervals`.
+        """
+
+    def tables(self, summary: Summary, images: int) -> Iterator[str]:
+        """Yields paragraphs and tables in Markdown of the summary of some images."""
+
+    def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
+        """Yields the file name, without its suffix, and the figure of each drawing."""
+
+
+def agreement(
+    answer: Answer,
+    whole: Answer,
+    labels: Labels | None,
+    patches: Int[Array, "B kept"] | None = None,
+) -> dict[str, Float[Array, " B"]]:
+    """Compares a model that was interfered with with the same one left alone.
+
+    Args:
+      answer: with the intervention.
+      whole: without it.
+      labels: the true classes, or None if the head knows others or there is none.
+      patches: which patches the answer still has; None for all.
+
+    Returns:
+      For each image ``cosine``, of the pooled representations; ``patch_cosine``, the
+      mean over the patches that are left; and with labels ``top1``, 1 where the
+      answer is right.
+    """
+    expected = whole.patches
+    if patches is not None:
+        expected = jnp.take_along_axis(expected, patches[..., None], axis=1)
+    outcome = {
+        "cosine": _cosine(answer.pooled, whole.pooled),
+        "patch_cosine": _cosine(answer.patches, expected).mean(-1),
+    }
+    if labels is not None:
+        right = answer.logits.argmax(-1) == labels
+        outcome["top1"] = right.astype(jnp.float32)
+    return outcome
+
+
+def _cosine(a, b):
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return (a * b).sum(-1) / norms
+
+
+def stacked(
+    outcomes: Sequence[dict[str, Float[Array, " B"]]], conditions: tuple[int, ...]
+) -> Outcomes:
+    """Returns the outcomes of conditions, last axis fastest, as arrays over them."""
+    return {
+        name: np.stack([o[name] for o in outcomes], -1).reshape(-1, *conditions)
+        for name in outcomes[0]
+    }
+
+
+# The model, as several protocols run it: jitted for the model, parameters first.
+
+
+def answer_of(model: ViT, logits: Logits, out: dict[str, Any]) -> Answer:
+    """Returns the answer in what ``ViT.__call__`` or ``ViT.readout`` return."""
+    patches = out["tokens"][:, model.num_prefix_tokens :]
+    pooled, patches = (x.astype(jnp.float32) for x in (out["pooled"], patches))
+    return Answer(logits, pooled, patches)
+
+
+@partial(jax.jit, static_argnames="model")
+def classify(params: Params, images: Images, *, model: ViT) -> Logits:
+    """Returns the logits of images."""
+    return model.apply({"params": params}, images)[0]
+
+
+@partial(jax.jit, static_argnames=("layers", "model"))
+def streams(
+    params: Params, images: Images, *, layers: tuple[int, ...], model: ViT
+) -> dict[int, Tokens]:
+    """Returns the residual stream before each of some layers."""
+    variables = {"params": params}
+    tokens = model.apply(variables, images, method="embed")
+    before, start = {}, 0
+    for layer in sorted(layers):
+        tokens, _ = model.apply(
+            variables, tokens, start=start, stop=layer, method="encode"
         )
-        knockout = indicators.knockout_impact(
-            recorded.attention,
-            recorded.values,
-            *parameters.output_projection(self.model, self.params),
-            **tokens,
-        )
-        impacts = {"propagated": propagated.impact, "knockout": knockout}
-        for method in _METHODS:
-            impacts[method] = indicators.interaction_indicator(
-                recorded.attention,
-                method=method,
-                grid=self.model.grid,
-                key=noise,
-                **tokens,
-            )
-        found = faithfulness(
-            network.cut(self.params, image, layers=layers, model=self.model),
-            {name: impact[:, 0] for name, impact in impacts.items()},
-            layers,
-            key=cuts,
-            num_interactions=config.num_cuts,
-            **tokens,
-        ).correlation
-        return np.array(
-            [
-                [found[target][name] for name in INDICATORS]
-                for target in self.subject.targets
-            ]
-        )
+        before[layer], start = tokens, layer
+    return before

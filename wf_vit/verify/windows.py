@@ -1,24 +1,38 @@
-"""Is what an indicator keeps of attention what the model needs of it?
+"""The protocol ``windows``: is what an indicator keeps of attention what matters?
 
 In all layers at once, attention between patches is restricted to a share of the
 interactions: to the fields that an indicator gives each patch, or to controls that
-keep exactly as many of each image's interactions (design.md, "Verification" b).
+keep exactly as many of each image's interactions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import ml_collections
 from jaxtyping import Array, Float
 from jaxtyping import Key as KeyArray
+from matplotlib.figure import Figure
 
 from wf_vit import interventions
+from wf_vit.figures import evidence
 from wf_vit.grid import Grid, distances
 from wf_vit.interventions import Keep
-from wf_vit.shapes import Labels
-from wf_vit.verify.answers import Answer, Outcomes, agreement
+from wf_vit.models.vit import ViT
+from wf_vit.shapes import Images, Labels, Params
+from wf_vit.verify import report
+from wf_vit.verify.subject import (
+    Answer,
+    Case,
+    Estimate,
+    Outcomes,
+    Subject,
+    Summary,
+    agreement,
+    answer_of,
+    stacked,
+)
 
 # What is put to the test first, then the controls.
 OWN = "fields per head"
@@ -34,6 +48,77 @@ RULES = (
     "least important",
 )
 CONTROLS = RULES[2:]
+
+
+class Windows:
+    """Attention restricted in all layers (`wf_vit.verify.subject.Protocol`)."""
+
+    needs_head = False
+
+    def __init__(self, subject: Subject, config: ml_collections.ConfigDict):
+        """Reads ``config.kept``, the shares of the interactions that are kept."""
+        del subject
+        self._shares = tuple(config.kept)
+
+    def measure(self, case: Case, count: int) -> Outcomes:
+        """Returns the measures of `windows` for all images of a batch."""
+        del count  # The whole batch: one shape, traced once.
+        model, params = case.subject.model, case.subject.params
+        prefix = model.num_prefix_tokens
+        return windows(
+            partial(_masked, params, case.images, model=model),
+            case.whole,
+            case.attention[..., prefix:, prefix:],
+            case.impact,
+            shares=self._shares,
+            grid=model.grid,
+            keys=case.image_keys,
+            labels=case.labels,
+        )
+
+    def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
+        """Returns every measure by rule and share, and the margins over controls."""
+        own, controls = RULES.index(OWN), [RULES.index(rule) for rule in CONTROLS]
+        return {
+            "measures": {
+                measure: report.nested(estimate(o), RULES, self._shares)
+                for measure, o in outcomes.items()
+            },
+            "margins": {
+                measure: report.nested(
+                    estimate(o[:, own, None] - o[:, controls]), CONTROLS, self._shares
+                )
+                for measure, o in outcomes.items()
+            },
+        }
+
+    def tables(self, summary: Summary, images: int) -> Iterator[str]:
+        """Yields a table of the rules for each measure, and what was not beaten."""
+        yield (
+            f"**Windows**, {images:,} images: attention between patches restricted, in "
+            "all layers, to a share of the interactions."
+        )
+        for measure in report.measured(summary):
+            head = f"{report.MEASURES[measure][0]}, attention kept"
+            yield report.rows(head, summary["measures"][measure], measure)
+            yield report.verdict(OWN, summary["margins"][measure], measure)
+
+    def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
+        """Yields one figure, with a panel for each measure."""
+        measures = summary["measures"]
+        panels = {
+            report.MEASURES[measure][1]: report.over_shares(measures[measure], measure)
+            for measure in report.measured(summary)
+        }
+        figure = evidence(panels, "interactions kept (%)", own=(OWN,), aside=RULES[-1:])
+        yield "windows", figure
+
+
+@partial(jax.jit, static_argnames="model")
+def _masked(params: Params, images: Images, keep: Keep, *, model: ViT) -> Answer:
+    """Returns the answer when only some interactions between patches are kept."""
+    bias = interventions.attention_bias(keep, num_prefix_tokens=model.num_prefix_tokens)
+    return answer_of(model, *model.apply({"params": params}, images, bias=bias))
 
 
 def masks(
@@ -121,14 +206,9 @@ def windows(
       The measures of ``agreement`` for each image, rule and share:
       ``[B, len(RULES), len(shares)]``.
     """
-    by_share = []
+    outcomes = []
     for share in shares:
         kept = masks(attention, impact, keys, share=share, grid=grid)
-        by_share.append(
-            [agreement(predict(kept[rule]), whole, labels) for rule in RULES]
-        )
-    stacked = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves, -1),
-        *[jax.tree.map(lambda *x: jnp.stack(x, -1), *rules) for rules in by_share],
-    )
-    return {name: np.asarray(outcome) for name, outcome in stacked.items()}
+        outcomes += [agreement(predict(kept[rule]), whole, labels) for rule in RULES]
+    by_share = stacked(outcomes, (len(shares), len(RULES)))
+    return {name: outcome.swapaxes(1, 2) for name, outcome in by_share.items()}

@@ -1,1 +1,0 @@
-"""Measurements; each prints a table and writes JSON."""
