@@ -12,6 +12,7 @@ from wf_vit import command
 from wf_vit.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "tests" / "models" / "fixtures" / "hf_vit"
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def core_only(*arguments, packages=("tensorflow", "tensorflow_datasets", "clu"))
         [],
         ["--config.task=evaluate"],
         ["--config.task=prepare"],
-        ["--config=verify", "--config.weights=x"],
+        ["--config=verify", f"--config.weights={PUBLISHED}"],
     ],
     ids=["train", "evaluate", "prepare", "verify"],
 )

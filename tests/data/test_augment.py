@@ -91,7 +91,9 @@ def test_four_devices_equal_one():
 
 def test_images_of_a_batch_are_treated_differently():
     image = jnp.broadcast_to(_batch(1)[0], (8, 12, 16, 3))
-    config = _config(**{**EVERYTHING, "mixup_probability": 0.0, "cutmix_probability": 0.0})
+    config = _config(
+        **{**EVERYTHING, "mixup_probability": 0.0, "cutmix_probability": 0.0}
+    )
     result, _ = _augment(config, image, _batch()[1])
     assert len({r.tobytes() for r in np.asarray(result)}) > 5
 
