@@ -41,13 +41,13 @@ def test_a_killed_run_continues_to_the_same_numbers(
     assert not (tmp_path / "images/a.png").exists()
     assert not (tmp_path / "table.csv").exists()
 
-    measure = task.measure
+    explain_batch = task.explain_batch
 
     def counted(loaded, photographs, **options):
         batches.append(photographs.any((1, 2, 3)).tolist())
-        return measure(loaded, photographs, **options)
+        return explain_batch(loaded, photographs, **options)
 
-    monkeypatch.setattr(task, "measure", counted)
+    monkeypatch.setattr(task, "explain_batch", counted)
     with pytest.raises(UsageError, match="1 of 5"):
         explain(config, tmp_path)
     assert batches == [[False, True], [True, False], [True, False]]
@@ -77,7 +77,7 @@ def test_drawings_can_be_had_later_and_are_whole(photographs, tmp_path, monkeypa
         with pytest.raises(Killed):
             explain(config, tmp_path)
     assert not (folder / "figures").exists()
-    monkeypatch.setattr(task, "measure", kill)
+    monkeypatch.setattr(task, "explain_batch", kill)
     explain(config, tmp_path)
     files = list((folder / "figures").iterdir())
     assert {file.name for file in files} == {

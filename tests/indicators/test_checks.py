@@ -97,7 +97,7 @@ def test_attention_that_is_no_distribution_is_refused(change, message):
         ({"num_prefix_tokens": 1, "grid": (5, 5)}, "grid"),
         ({"num_prefix_tokens": 0, "method": "distance"}, "no square grid"),
         ({"num_prefix_tokens": 1, "method": "random"}, "key=jax.random.key"),
-        ({"num_prefix_tokens": 1, "method": "median"}, "expected mean, max"),
+        ({"num_prefix_tokens": 1, "method": "median"}, "choose one of mean, max"),
     ],
 )
 @pytest.mark.usefixtures("no_type_checks")

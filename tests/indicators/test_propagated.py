@@ -36,13 +36,15 @@ def test_propagated_knockout_of_a_linear_model_is_exact():
             for per_head in (False, True)
         ]
 
-    fused, heads = run(attention, values, probes)
+    fused, both = run(attention, values, probes)
+    assert fused.heads is None
+    np.testing.assert_allclose(both.impact, fused.impact, rtol=1e-5)
     for i, layer in enumerate(layers):
         moved = np.einsum("hijd,ied->hije", layer.displacements(), jacobian[i])
         expected = np.linalg.norm(moved.sum(0), axis=-1)[1:, 1:]
         np.testing.assert_allclose(fused.impact[i], expected, rtol=1e-4)
         expected = np.linalg.norm(moved, axis=-1)[:, 1:, 1:]
-        np.testing.assert_allclose(heads.impact[i], expected, rtol=1e-4)
+        np.testing.assert_allclose(both.heads.impact[i], expected, rtol=1e-4)
 
 
 class Propagation:
@@ -122,7 +124,7 @@ def test_shrinking_keeps_the_mean_where_jacobians_stretch_alike(num_probes):
 
 def test_shrinking_per_head():
     case = Propagation(stretching_alike(np.random.default_rng(5)))
-    drawn = case.estimate(200, num_probes=32, per_head=True).impact
+    drawn = case.estimate(200, num_probes=32, per_head=True).heads.impact
     np.testing.assert_allclose(drawn.mean(0), case.exact_per_head, rtol=0.2)
 
 

@@ -64,7 +64,8 @@ def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
     images = images_for(teacher)
     got = target(guidance, params, images, vit(depth=shallow))
     whole = target(guidance, params, images, teacher)
-    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=1e-4, atol=1e-7)
+    # Rows sum to 1, and the two programs differ in depth.
+    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=1e-4, atol=2e-6)
 
 
 def test_the_teacher_sees_the_images_in_its_own_normalisation_and_size():
