@@ -49,7 +49,7 @@ TASKS = {
         "trains a model; goes on from the last checkpoint in --workdir",
     ),
     "evaluate": Task(
-        "wf_vit.train.loop", "model", "evaluates the last checkpoint in --workdir"
+        "wf_vit.train.loop", "model", "evaluates the best checkpoint in --workdir"
     ),
     "explain": Task(
         "wf_vit.explanation", "images", "explains images: figures, a page, a table"

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,6 +14,13 @@ import numpy as np
 
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
+
+
+def command_line() -> str:
+    """Returns the command that started this program, as a reader would repeat it."""
+    program = Path(sys.argv[0]).name
+    start = [f"python {program}"] if program.endswith(".py") else [program]
+    return " ".join([*start, *sys.argv[1:]])
 
 
 def prepare_workdir(workdir: Path) -> None:

@@ -10,9 +10,8 @@ over its patches i of
 
 cover the interactions that matter, with as little area as possible. To cover a patch j
 pays if R_ij exceeds ``area_weight / P``: with 1, if the interaction has more than the
-even share. Less than 1 widens the fields of any target; 2 shrinks them to less than a
-patch where the teacher attends as evenly as a small ViT does (radius_1.5 in
-results/windowfree).
+even share. With less than 1 the fields of any target grow; with much more those of a
+target that is nearly even vanish.
 Both terms are computed from the row and column profiles of the membership, never from
 M itself. In hard mode the loss is that of the soft membership, which has a gradient
 everywhere.

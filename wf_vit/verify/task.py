@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,12 @@ from wf_vit.verify.pixels import Pixels
 from wf_vit.verify.removal import Removal
 from wf_vit.verify.subject import Case, Estimate, Outcomes, Protocol, Subject, Summary
 from wf_vit.verify.windows import Windows
-from wf_vit.workdir import claim_workdir, prepare_workdir, replacing
+from wf_vit.workdir import (
+    claim_workdir,
+    command_line,
+    prepare_workdir,
+    replacing,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     _measure_missing(subject, protocols, limits, batches, store, config)
     estimate = partial(intervals, seed=config.seed, samples=config.bootstrap_samples)
     results = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "machine": {
             "cpus": os.cpu_count(),
             "device": jax.devices()[0].device_kind,
