@@ -23,6 +23,7 @@ from wf_vit.models.attention import DROPPED
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import (
     FieldConfig,
+    FieldModule,
     LearnedFields,
     inverse_softplus,
     make_fields,
@@ -90,20 +91,12 @@ class RelativeBias(nn.Module):
         return among(table[:, dy + rows - 1, dx + columns - 1], patches)
 
 
-class GaussianBias(nn.Module):
+class GaussianBias(FieldModule):
     """``-d^2 / (2 s^2)`` for patches at a distance d: a Gaussian of width s.
 
-    Attributes:
-      num_heads: H.
-      grid: ``(GH, GW)``.
-      config: ``extents`` and ``growth`` are the widths of the heads.
-      layer: which layer of the model this is, from 0.
+    ``config.extents`` and ``config.growth`` are the widths of the heads. There are no
+    parameters.
     """
-
-    num_heads: int
-    grid: geometry.Grid
-    config: FieldConfig
-    layer: int
 
     @nn.compact
     def __call__(
@@ -120,20 +113,11 @@ class GaussianBias(nn.Module):
         return among(-squares / (2 * jnp.square(widths)), patches)
 
 
-class WindowBias(nn.Module):
+class WindowBias(FieldModule):
     """Only the square window around each patch is attended to.
 
-    Attributes:
-      num_heads: H.
-      grid: ``(GH, GW)``.
-      config: ``extents`` and ``growth`` are how far the windows of the heads reach.
-      layer: which layer of the model this is, from 0.
+    ``config.extents`` and ``config.growth`` are how far the windows of the heads reach.
     """
-
-    num_heads: int
-    grid: geometry.Grid
-    config: FieldConfig
-    layer: int
 
     def __call__(
         self,
@@ -148,20 +132,8 @@ class WindowBias(nn.Module):
         return among(jnp.asarray(bias), patches)
 
 
-class StaticFields(nn.Module):
-    """Fields that each head learns, the same for every patch and image.
-
-    Attributes:
-      num_heads: H.
-      grid: ``(GH, GW)``.
-      config: initial extents, softness and threshold.
-      layer: which layer of the model this is, from 0.
-    """
-
-    num_heads: int
-    grid: geometry.Grid
-    config: FieldConfig
-    layer: int
+class StaticFields(FieldModule):
+    """Fields that each head learns, the same for every patch and image."""
 
     @nn.compact
     def __call__(
@@ -205,33 +177,29 @@ class _LocalViT(ViT):
     """
 
     fields: FieldConfig = FieldConfig()
+    # The module of each layer.
+    kind = FieldModule
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of a layer's bias, or of its fields."""
+        return functools.partial(
+            self.kind, grid=self.grid, config=self.fields, layer=layer
+        )
 
 
 class GaussianViT(_LocalViT):
     """A ViT with a Gaussian bias, whose widths stay what they are."""
 
-    def field_for_layer(self, layer: int):
-        """Returns the maker of a layer's bias."""
-        return functools.partial(
-            GaussianBias, grid=self.grid, config=self.fields, layer=layer
-        )
+    kind = GaussianBias
 
 
 class GrowingWindowViT(_LocalViT):
     """A ViT with square windows, which reach farther in every layer."""
 
-    def field_for_layer(self, layer: int):
-        """Returns the maker of a layer's bias."""
-        return functools.partial(
-            WindowBias, grid=self.grid, config=self.fields, layer=layer
-        )
+    kind = WindowBias
 
 
 class StaticFieldViT(_LocalViT):
     """A ViT with fields that each layer and head learns, and no patch predicts."""
 
-    def field_for_layer(self, layer: int):
-        """Returns the maker of a layer's fields."""
-        return functools.partial(
-            StaticFields, grid=self.grid, config=self.fields, layer=layer
-        )
+    kind = StaticFields

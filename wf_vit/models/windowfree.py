@@ -194,8 +194,8 @@ class FieldConfig:
         return np.repeat(extents[:, None], 4, axis=1)
 
 
-class PredictedFields(nn.Module):
-    """Predicts the fields of one layer from its patch features.
+class FieldModule(nn.Module):
+    """The fields of one layer, or what a control has in their place.
 
     Attributes:
       num_heads: H.
@@ -208,6 +208,10 @@ class PredictedFields(nn.Module):
     grid: geometry.Grid
     config: FieldConfig
     layer: int
+
+
+class PredictedFields(FieldModule):
+    """Predicts the fields of one layer from its patch features."""
 
     @nn.compact
     def __call__(
