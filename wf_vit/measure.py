@@ -87,7 +87,7 @@ def impact(
       indicator: a name of ``INDICATORS``.
       per_head: whether to measure each head on its own too.
       layers: indices from 0, in the order they are wanted; None for all.
-      target: the output that "propagated" looks at, see `propagate`.
+      target: the output that "propagated" looks at, one of ``OUTPUTS``.
       num_probes: of "propagated", at least 2.
       key: randomness of "propagated" and "random".
       recording: of the same images and layers, say another indicator's.
@@ -198,17 +198,17 @@ def propagate(
     output: one forward pass and ``num_probes`` backward passes.
 
     Args:
-      model: see ``record``.
+      model: a ViT or a window-free transformer.
       params: its parameters.
-      images: see ``record``.
+      images: normalised images.
       target: one of ``OUTPUTS``: all final "tokens", the "cls" token, or "pooled", what
         the head reads. For a class use ``propagate_logit``.
       key: randomness of the probes. An image's impact depends on it and on the place
         in the batch, but not on the other images.
       num_probes: M, at least 2.
-      layers: see ``record``.
+      layers: indices from 0; None for all.
       per_head: whether to cut in one head at a time too.
-      shrink: see ``indicators.propagated_knockout``.
+      shrink: whether to draw the noisy mean over probes towards the local norm.
       prefix_tokens: whether to keep the interactions with the prefix tokens.
 
     Returns:
@@ -257,13 +257,13 @@ def propagate_logit(
     interaction lowers the logit by about as much. One forward and one backward pass.
 
     Args:
-      model: see ``record``; it has a head.
+      model: a classifier.
       params: its parameters.
-      images: see ``record``.
+      images: normalised images.
       classes: the class to explain, of all images or of each.
-      layers: see ``record``.
+      layers: indices from 0; None for all.
       per_head: the effect in each head alone; the fused effect is their sum.
-      prefix_tokens: see ``propagate``.
+      prefix_tokens: whether to keep the interactions with the prefix tokens.
 
     Returns:
       Effects in units of the logit, ``[L, B, P, P]`` or ``[L, B, H, P, P]``; with

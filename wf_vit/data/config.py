@@ -46,13 +46,15 @@ class Augmentation:
       flip_probability: of a left-right flip.
       randaugment_layers: operations of RandAugment per image; 2 is usual.
       randaugment_magnitude: 0 (none) to 10 (strongest).
-      mixup_probability: an image is mixed up, cut and mixed, or neither.
+      mixup_probability: of being mixed up. An image is mixed up, cut and mixed, or
+        neither.
       mixup_alpha: the share of an image draws from Beta(alpha, alpha).
-      cutmix_probability: see ``mixup_probability``.
-      cutmix_alpha: see ``mixup_alpha``.
+      cutmix_probability: of being cut and mixed.
+      cutmix_alpha: the share that is cut draws from Beta(alpha, alpha).
       erase_probability: of random erasing.
-      mean: normalisation, of training and evaluation: ``(pixel / 255 - mean) / std``.
-      std: see ``mean``.
+      mean: of each channel, for the normalisation ``(pixel / 255 - mean) / std``, in
+        training and evaluation.
+      std: of each channel.
     """
 
     flip_probability: float = 0.0

@@ -30,7 +30,7 @@ def open_source(name: str, data_dir: str) -> Source:
     """Opens what ``config.data.name`` and ``config.data.data_dir`` say.
 
     Raises:
-      UsageError: see ``open_folder``, ``open_tfds`` and ``prepared_builder``.
+      UsageError: there is no such data set, or it cannot be read.
     """
     if name == "folder":
         return open_folder(data_dir)

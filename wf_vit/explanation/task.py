@@ -37,7 +37,7 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
     An image is done when its files are there; to do one again, delete its folder.
 
     Args:
-      config: see ``configs/explain.py``.
+      config: that of ``configs/explain.py``, where its keys are documented.
       workdir: receives ``config.json``; for each image ``images/NAME/`` with
         ``data.npz``, ``figures/`` and ``page.html``; and over all images
         ``table.csv``, ``statistics.json`` and ``figures/``. Its ``README.md`` says

@@ -48,7 +48,8 @@ def interaction_indicator(
     Args:
       attention: weights after the softmax, ``[..., H, N, N]``.
       num_prefix_tokens: tokens before the patches, which are dropped.
-      method: see above.
+      method: "mean", "max", "std" or "odds" over heads, or the baselines "distance"
+        and "random".
       per_head: keep the head axis, ``[..., H, P, P]``.
       normalize: divide each row by its sum; a row of zeros stays.
       grid: ``(GH, GW)``, checked when given; ``distance`` needs it unless square.

@@ -80,7 +80,8 @@ def propagated_knockout(
         relative error r takes about ``M * (relative_error / r) ** 2``.
       num_prefix_tokens: as in `knockout_impact`.
       per_head: also cut one head at a time; the backward passes are the same.
-      shrink: see above; False for the mean over probes, whose square is unbiased.
+      shrink: whether to draw the mean over probes towards the local norm, as above;
+        False for the mean alone, whose square is unbiased.
       block_size: as in `knockout_impact`.
 
     Returns:

@@ -96,7 +96,7 @@ def linearize(
 
     Args:
       model: the model.
-      layers: see ``forward``.
+      layers: to record and to take gradients at, in the order that is wanted.
       params: the model's.
       images: normalised.
       read: from the outputs of ``forward`` to the array that is differentiated.

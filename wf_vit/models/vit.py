@@ -352,9 +352,10 @@ class ViT(nn.Module):
 
         Args:
           images: normalised images.
-          bias: see ``encode``.
-          train: see ``encode``.
-          record: see ``encode``.
+          bias: what is added to the attention logits of each of the L layers: an
+            array or None per layer, each broadcastable to [B, H, N, N].
+          train: whether stochastic depth acts.
+          record: True to record all layers, or their indices.
 
         Returns:
           The logits, and the dicts of ``encode`` and ``readout`` in one.

@@ -133,10 +133,10 @@ def guide(
       step: updates done before this one.
       params: of the teacher, if there is one.
       images: as the student sees them.
-      keys: see ``target``.
-      student: see ``target``.
-      mean: see ``target``.
-      std: see ``target``.
+      keys: one for each image; randomness of the indicators that need it.
+      student: its grid and depth count.
+      mean: by which the student's images are normalised.
+      std: likewise.
 
     Returns:
       The loss, and as metrics ``guidance_loss``, the same, and what it is made of:

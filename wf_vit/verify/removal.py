@@ -328,7 +328,7 @@ def removal(
       scores: of the patches before each of the model's layers, by rule.
       layers: before which patches are removed.
       shares: of the patches that are removed.
-      labels: see ``agreement``.
+      labels: the true classes, or None if the model does not know them.
 
     Returns:
       The measures of ``agreement`` for each image, layer, rule and share:

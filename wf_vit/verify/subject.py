@@ -136,7 +136,7 @@ class Protocol(typing.Protocol):
 
         Args:
           subject: the model.
-          config: see ``configs/verify.py``.
+          config: that of ``configs/verify.py``, where its keys are documented.
 
         Raises:
           UsageError: the settings do not fit the model.

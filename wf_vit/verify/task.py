@@ -55,7 +55,7 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     of each image, which are a few kilobytes.
 
     Args:
-      config: see ``configs/verify.py``.
+      config: that of ``configs/verify.py``, where its keys are documented.
       workdir: receives ``config.json``, ``outcomes/`` with the outcomes of each image,
         ``verify.json``, ``table.md`` and ``figures/``.
 

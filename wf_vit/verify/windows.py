@@ -195,12 +195,12 @@ def windows(
     Args:
       predict: the model's answer when it keeps some interactions between patches.
       whole: its answer when it keeps all.
-      attention: see ``masks``.
-      impact: see ``masks``.
+      attention: between patches, of all layers.
+      impact: propagated, per head, of all layers.
       shares: of the interactions that are kept.
-      grid: see ``masks``.
-      keys: see ``masks``.
-      labels: see ``agreement``.
+      grid: ``(GH, GW)``.
+      keys: randomness of each image.
+      labels: the true classes, or None if the model does not know them.
 
     Returns:
       The measures of ``agreement`` for each image, rule and share:
