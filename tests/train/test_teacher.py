@@ -64,8 +64,9 @@ def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
     images = images_for(teacher)
     got = target(guidance, params, images, vit(depth=shallow))
     whole = target(guidance, params, images, teacher)
-    # Rows sum to 1, and the two programs differ in depth.
-    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=1e-4, atol=2e-6)
+    # Rows sum to 1. The two programs round differently, layers differ by far more.
+    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=0, atol=1e-3)
+    assert np.abs(np.diff(whole, axis=0)).max((1, 2, 3)).min() > 0.1
 
 
 def test_the_teacher_sees_the_images_in_its_own_normalisation_and_size():
