@@ -19,14 +19,30 @@ SMALL = {
 }
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def fresh_constants(model):
+    """The biases and scales of fresh parameters, and zeros for the random kernels.
+
+    To compile random numbers takes long; here the compiler leaves them out.
+    """
+    params = registry.init_params(model, seed=0)
+    return jax.tree.map_with_path(
+        lambda path, x: (
+            x if path[-1].key.endswith(("bias", "scale")) else jnp.zeros_like(x)
+        ),
+        params,
+    )
+
+
 def random_params(model, noise=0.05):
     """Fresh parameters plus noise: a head and fields would start from zeros."""
-    fresh = registry.init_params(model, seed=0)
     rng = np.random.default_rng(1)
-    # Made on the host: to compile random numbers takes long.
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(noise * rng.normal(size=x.shape), x.dtype), fresh
-    )
+
+    def add_noise(path, x):
+        spread = noise if path[-1].key.endswith(("bias", "scale")) else 0.2 + noise
+        return x + jnp.asarray(rng.normal(0, spread, x.shape), x.dtype)
+
+    return jax.tree.map_with_path(add_noise, fresh_constants(model))
 
 
 def images_for(model, batch=2):

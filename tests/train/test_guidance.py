@@ -29,7 +29,7 @@ from wf_vit.train import guidance as guiding
 from wf_vit.train.config import resolve
 from wf_vit.train.teacher import Teacher
 
-INFO = DataInfo(tuple("0123456789"), {"train": 64}, (16, 16))
+INFO = DataInfo(tuple("0123456789"), {"train": 64}, (8, 8))
 GRID = (3, 5)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import apply
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.windowfree import WindowFreeViT
@@ -103,9 +104,9 @@ def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path
     digits_config.model.fields.extents = (0.0,)
     winft = loop.open_run(digits_config).training
     assert isinstance(winft.model, WindowFreeViT)
-    image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    expected, _ = vit.model.apply({"params": params}, image)
-    got, out = winft.model.apply({"params": winft.params}, image)
+    image = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    expected, _ = apply(vit.model, params, image)
+    got, out = apply(winft.model, winft.params, image)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert len(out["fields"]) == winft.model.depth
 
@@ -127,7 +128,7 @@ def test_evaluation_counts_every_example_once(digits_config):
     (batch,) = run.data.eval_batches("test", batch_size=total)
     assert batch["mask"].all()
     images = (batch["image"] / np.float32(255) - 0.5) / 0.5
-    logits, _ = run.training.model.apply({"params": params}, jnp.asarray(images))
+    logits, _ = apply(run.training.model, params, images)
     expected = (logits.argmax(-1) == batch["label"]).mean()
     assert got["test/top1"] == pytest.approx(float(expected))
     losses = -jax.nn.log_softmax(logits)[np.arange(total), batch["label"]]
