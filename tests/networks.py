@@ -19,6 +19,11 @@ SMALL = {
 }
 
 
+def is_constant(path):
+    """Whether a fresh parameter is a constant: a bias or a scale."""
+    return path[-1].key.endswith(("bias", "scale"))
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def fresh_constants(model):
     """The biases and scales of fresh parameters, and zeros for the random kernels.
@@ -27,10 +32,7 @@ def fresh_constants(model):
     """
     params = registry.init_params(model, seed=0)
     return jax.tree.map_with_path(
-        lambda path, x: (
-            x if path[-1].key.endswith(("bias", "scale")) else jnp.zeros_like(x)
-        ),
-        params,
+        lambda path, x: x if is_constant(path) else jnp.zeros_like(x), params
     )
 
 
@@ -39,7 +41,7 @@ def random_params(model, noise=0.05):
     rng = np.random.default_rng(1)
 
     def add_noise(path, x):
-        spread = noise if path[-1].key.endswith(("bias", "scale")) else 0.2 + noise
+        spread = noise if is_constant(path) else 0.2 + noise
         return x + jnp.asarray(rng.normal(0, spread, x.shape), x.dtype)
 
     return jax.tree.map_with_path(add_noise, fresh_constants(model))

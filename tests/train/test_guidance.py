@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import apply
 from tests.train.taught import (
     MEAN,
     STD,
@@ -215,7 +216,7 @@ def test_attention_is_taught_with_the_weight_of_the_step(step, share, per_head):
     guidance, params = taught_by(student, "mean", match="attention", per_head=per_head)
     images = images_for(student)
     own = registry.init_params(student, 5)
-    _, outputs = student.apply({"params": own}, images, record=True)
+    _, outputs = apply(student, own, images, record=True)
     normal = {"mean": MEAN, "std": STD}
     loss, metrics = guiding.guide(
         guidance,
