@@ -17,6 +17,12 @@ from wf_vit.train.reporter import Reporter, read_jsonl, save_config
 from wf_vit.train.state import init_state
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs draw nothing at their end, which takes longer than they do."""
+    monkeypatch.setattr(loop, "save_figures", lambda *_, **__: None)
+
+
 def last_state(config, workdir, which="last"):
     template = loop.open_run(config).training.start()
     with Checkpoints(workdir) as checkpoints:
@@ -37,6 +43,7 @@ def stop_after(config, steps):
     return Interrupting, Interrupted
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch):
     loop.train(digits_config, tmp_path / "whole")
     reporter, interrupted = stop_after(digits_config, 2)
@@ -135,6 +142,7 @@ def test_evaluation_counts_every_example_once(digits_config):
     assert got["test/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_path):
     """The update of step 3 is infinite though its loss and gradient are finite."""
     digits_config.total_steps = 2
@@ -160,7 +168,10 @@ def test_best_and_last_checkpoints_are_kept(digits_config, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(digits_config, tmp_path):
-    loop.train(digits_config, tmp_path)
+    training = loop.open_run(digits_config).training
+    with Checkpoints(tmp_path) as checkpoints:
+        start = training.start().replace(step=jnp.int32(1))
+        checkpoints.save(start, training.meta, None)
     digits_config.model.width = 64
     with pytest.raises(UsageError, match="does not fit the config"):
         loop.train(digits_config, tmp_path)
