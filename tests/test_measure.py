@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import apply
 from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
 from wf_vit.models import parameters, recording
@@ -32,13 +33,10 @@ def random_params(model: ViT, seed: int = 0):
     """Parameters of which none is special, so that every one of them matters."""
     images = jnp.zeros((1, *model.image_size, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [
-        0.5 * jax.random.normal(k, leaf.shape)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return treedef.unflatten(noise)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), shapes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +80,7 @@ def by_bias(model, params, images, read):
 def test_a_recording_is_what_the_model_records(model_class, images):
     model = model_class(**SIZES)
     params = random_params(model)
-    whole = jax.jit(functools.partial(model.apply, record=True))
-    logits, out = whole({"params": params}, images)
+    logits, out = apply(model, params, images, record=True)
     got = measure.record(model, params, images, layers=(1, 0))
     for kind in ("attention", "values"):
         whole = np.stack([out["records"][layer][kind] for layer in (1, 0)])
@@ -106,13 +103,12 @@ def test_the_stated_memory_is_what_is_returned(params, images, layers):
 
 def test_the_scales_are_what_the_layer_norms_divide_by(params, images):
     batch = measure.record(MODEL, params, images)
-    apply = functools.partial(MODEL.apply, {"params": params})
-    streams = [apply(jnp.asarray(images), method="embed")]
+    run = functools.partial(apply, MODEL, params)
+    streams = [run(jnp.asarray(images), method="embed")]
     for layer in range(MODEL.depth):
-        stop = layer + 1
-        stream, _ = apply(streams[-1], start=layer, stop=stop, method="encode")
+        stream, _ = run(streams[-1], start=layer, stop=layer + 1, method="encode")
         streams.append(stream)
-    expected = jnp.sqrt(jnp.stack(streams).var(-1) + MODEL.norm_epsilon)
+    expected = np.sqrt(np.stack(streams).var(-1) + MODEL.norm_epsilon)
     np.testing.assert_allclose(batch.scale, expected, rtol=1e-5)
 
 
@@ -122,15 +118,17 @@ def test_the_gain_of_a_head_is_that_of_its_map(params):
     block = params["blocks_1"]
     norm, attention = block["attention_norm"]["scale"], block["attention"]
 
+    values, out = attention["value"]["kernel"], attention["out"]["kernel"]
+
+    @jax.jit
     def write(stream, head):
         normed = (stream - stream.mean()) * norm
-        value = normed @ attention["value"]["kernel"][:, head]
-        return value @ attention["out"]["kernel"][head] * block["attention_scale"]
+        return normed @ values[:, head] @ out[head] * block["attention_scale"]
 
     directions = jnp.eye(MODEL.width)
     for head in range(MODEL.num_heads):
-        written = jax.vmap(write, in_axes=(0, None))(directions, head)
-        expected = jnp.sqrt(jnp.square(written).sum() / MODEL.width)
+        written = [write(direction, head) for direction in directions]
+        expected = np.sqrt(np.square(written).sum() / MODEL.width)
         assert float(gain[1, head]) == pytest.approx(float(expected), rel=1e-5)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     again = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import sweep
+from tests.networks import apply
 from wf_vit.errors import UsageError
 from wf_vit.train.config import default_config
 
@@ -58,7 +59,7 @@ def test_seeds_at_once_are_what_they_are_in_turn(monkeypatch):
     first = in_turn.first_state()
     assert int(first.step) == 6
     images = (TEST.images / jnp.float32(255) - 0.5) / 0.5
-    logits, _ = in_turn.training.model.apply({"params": first.params}, images)
+    logits, _ = apply(in_turn.training.model, first.params, images)
     top1 = (logits.argmax(-1) == TEST.labels).mean()
     assert other_rows[-1]["test/top1"][0] == pytest.approx(float(top1))
     hard = in_turn.hard(0.25)

@@ -4,10 +4,10 @@ import pytest
 from PIL import Image
 
 from tests.explanation.example import DATA_ONLY, SIZE, make_config, noise
-from tests.networks import random_params
 from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
 from wf_vit.explanation import explain
+from wf_vit.models import registry
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +37,5 @@ def windowfree_run(tmp_path_factory):
     """The run folder of a window-free transformer whose training just starts."""
     folder = tmp_path_factory.mktemp("windowfree")
     model = small_winft(num_classes=5, image_size=SIZE)
-    write_run(folder, model, random_params(model, noise=0))
+    write_run(folder, model, registry.init_params(model, seed=0))
     return folder

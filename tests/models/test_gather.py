@@ -2,12 +2,11 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import SMALL, images_for, random_params
+from tests.networks import SMALL, apply, images_for, random_params
 from wf_vit import interventions
 from wf_vit.errors import UsageError
 from wf_vit.models.vit import ViT
@@ -23,16 +22,16 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=MODELS, scope="module")
 def network(request):
     """A model with random parameters, and the stream before layer ``START``."""
     model = MODELS[request.param]
     images = images_for(model, BATCH)
-    apply = functools.partial(model.apply, {"params": random_params(model, noise=0.2)})
-    apply.model, apply.whole = model, apply(images)[0]
-    embedded = apply(images, method="embed")
-    apply.stream, _ = apply(embedded, stop=START, method="encode")
-    return apply
+    run = functools.partial(apply, model, random_params(model, noise=0.2))
+    run.model, run.whole = model, run(images)[0]
+    embedded = run(images, method="embed")
+    run.stream, _ = run(embedded, stop=START, method="encode")
+    return run
 
 
 def gather(network, patches):
@@ -42,9 +41,8 @@ def gather(network, patches):
 
 
 def some_patches(count):
-    keys = jax.random.split(jax.random.key(2), BATCH)
-    order = [jax.random.permutation(key, PATCHES)[:count] for key in keys]
-    return jnp.stack(order)
+    rng = np.random.default_rng(2)
+    return jnp.stack([rng.permutation(PATCHES)[:count] for _ in range(BATCH)])
 
 
 def test_all_patches_in_any_order_are_the_plain_model(network):

@@ -9,10 +9,10 @@ from wf_vit.train.config import default_config, set_duration
 def digits_config():
     """Four steps of batch 16 on digits; a model with fields, everything switched on."""
     config = default_config("windowfree", "mu/4")
-    config.model.dtype = "float32"
+    config.model.update(width=16, depth=1, mlp_dim=16, dtype="float32")
     config.data.name = "digits"
-    config.data.image_size = 16
-    config.data.crop = "pad"
+    config.data.image_size = 8
+    config.data.update(crop="pad", pad=1)
     config.data.augment.flip_probability = 0.5
     config.data.augment.mixup_probability = 0.5
     config.batch_size = 16

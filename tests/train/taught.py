@@ -1,6 +1,10 @@
 """A teacher, a student and what they look at, for the tests of guidance."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from wf_vit.models import registry
 from wf_vit.models.vit import ViT
@@ -46,7 +50,8 @@ def keys(count=2):
 
 
 def images_for(model, batch=2):
-    return jax.random.normal(jax.random.key(9), (batch, *model.image_size, 3))
+    images = np.random.default_rng(9).normal(size=(batch, *model.image_size, 3))
+    return jnp.asarray(images, jnp.float32)
 
 
 def taught_by(model, indicator, seed=1, **options):
@@ -55,6 +60,11 @@ def taught_by(model, indicator, seed=1, **options):
     return guide(indicator=indicator, teacher=teacher, **options), params
 
 
-def target(guidance, params, images, student, **normal):
-    normal = {"mean": MEAN, "std": STD, **normal}
-    return guiding.target(guidance, params, images, keys(), student=student, **normal)
+def target(guidance, params, images, student):
+    return _target(guidance, params, images, keys(), student)
+
+
+@functools.partial(jax.jit, static_argnames=("guidance", "student"))
+def _target(guidance, params, images, keys, student):
+    normal = {"mean": MEAN, "std": STD}
+    return guiding.target(guidance, params, images, keys, student=student, **normal)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import apply
 from tests.train.taught import (
     MEAN,
     STD,
@@ -29,7 +30,7 @@ from wf_vit.train import guidance as guiding
 from wf_vit.train.config import resolve
 from wf_vit.train.teacher import Teacher
 
-INFO = DataInfo(tuple("0123456789"), {"train": 64}, (16, 16))
+INFO = DataInfo(tuple("0123456789"), {"train": 64}, (8, 8))
 GRID = (3, 5)
 
 
@@ -215,7 +216,7 @@ def test_attention_is_taught_with_the_weight_of_the_step(step, share, per_head):
     guidance, params = taught_by(student, "mean", match="attention", per_head=per_head)
     images = images_for(student)
     own = registry.init_params(student, 5)
-    _, outputs = student.apply({"params": own}, images, record=True)
+    _, outputs = apply(student, own, images, record=True)
     normal = {"mean": MEAN, "std": STD}
     loss, metrics = guiding.guide(
         guidance,

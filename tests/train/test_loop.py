@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import apply
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.windowfree import WindowFreeViT
@@ -14,6 +15,12 @@ from wf_vit.train import loop
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.reporter import Reporter, read_jsonl, save_config
 from wf_vit.train.state import init_state
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs draw nothing at their end, which takes longer than they do."""
+    monkeypatch.setattr(loop, "save_figures", lambda *_, **__: None)
 
 
 def last_state(config, workdir, which="last"):
@@ -36,6 +43,7 @@ def stop_after(config, steps):
     return Interrupting, Interrupted
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch):
     loop.train(digits_config, tmp_path / "whole")
     reporter, interrupted = stop_after(digits_config, 2)
@@ -103,9 +111,9 @@ def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path
     digits_config.model.fields.extents = (0.0,)
     winft = loop.open_run(digits_config).training
     assert isinstance(winft.model, WindowFreeViT)
-    image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    expected, _ = vit.model.apply({"params": params}, image)
-    got, out = winft.model.apply({"params": winft.params}, image)
+    image = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    expected, _ = apply(vit.model, params, image)
+    got, out = apply(winft.model, winft.params, image)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert len(out["fields"]) == winft.model.depth
 
@@ -127,13 +135,14 @@ def test_evaluation_counts_every_example_once(digits_config):
     (batch,) = run.data.eval_batches("test", batch_size=total)
     assert batch["mask"].all()
     images = (batch["image"] / np.float32(255) - 0.5) / 0.5
-    logits, _ = run.training.model.apply({"params": params}, jnp.asarray(images))
+    logits, _ = apply(run.training.model, params, images)
     expected = (logits.argmax(-1) == batch["label"]).mean()
     assert got["test/top1"] == pytest.approx(float(expected))
     losses = -jax.nn.log_softmax(logits)[np.arange(total), batch["label"]]
     assert got["test/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_path):
     """The update of step 3 is infinite though its loss and gradient are finite."""
     digits_config.total_steps = 2
@@ -159,7 +168,10 @@ def test_best_and_last_checkpoints_are_kept(digits_config, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(digits_config, tmp_path):
-    loop.train(digits_config, tmp_path)
+    training = loop.open_run(digits_config).training
+    with Checkpoints(tmp_path) as checkpoints:
+        start = training.start().replace(step=jnp.int32(1))
+        checkpoints.save(start, training.meta, None)
     digits_config.model.width = 64
     with pytest.raises(UsageError, match="does not fit the config"):
         loop.train(digits_config, tmp_path)

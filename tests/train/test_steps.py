@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.networks import apply
 from wf_vit.data import augment
 from wf_vit.data.config import DataInfo
 from wf_vit.models import registry
@@ -22,7 +23,7 @@ BATCH = 16
 
 @pytest.fixture
 def experiment(digits_config):
-    info = DataInfo(tuple("0123456789"), {"train": 1000}, (16, 16))
+    info = DataInfo(tuple("0123456789"), {"train": 1000}, (8, 8))
     training = resolve(digits_config, info)
     params = training.params
     # A fresh head is zero and would hide the gradient of everything below it.
@@ -40,7 +41,7 @@ def experiment(digits_config):
 def random_batch(seed=0):
     rng = np.random.default_rng(seed)
     return {
-        "image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
+        "image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8),
         "label": rng.integers(0, 10, (BATCH,), np.int32),
     }
 
@@ -99,20 +100,23 @@ def test_loss_and_gradient_are_those_of_the_augmented_batch(experiment):
     _, history = run(experiment, devices=1, count=1)
     key = jax.random.fold_in(jax.random.key(0), 0)
     batch = random_batch()
-    images, labels = augment.augment_batch(
+    augmented = partial(
+        augment.augment_batch,
+        num_classes=10,
+        augmentation=experiment["objective"].augmentation,
+    )
+    images, labels = jax.jit(augmented)(
         augment.example_keys(key, 0, BATCH),
         jnp.asarray(batch["image"]),
         jnp.asarray(batch["label"]),
-        num_classes=10,
-        augmentation=experiment["objective"].augmentation,
     )
     smooth = 0.9 * labels + 0.1 / 10
 
     def loss(params):
-        logits, _ = experiment["model"].apply({"params": params}, images)
+        logits, _ = apply(experiment["model"], params, images)
         return -(smooth * jax.nn.log_softmax(logits)).sum(-1).mean()
 
-    value, gradient = jax.value_and_grad(loss)(experiment["params"])
+    value, gradient = jax.jit(jax.value_and_grad(loss))(experiment["params"])
     assert history[0]["loss"] == pytest.approx(float(value), rel=1e-5)
     norm = float(optax.global_norm(gradient))
     assert history[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
@@ -142,7 +146,7 @@ def test_randomness_depends_on_seed_and_step_only(experiment):
 def guided(experiment, request):
     """The experiment's own model teaches it, seen at another size."""
     config = ModelConfig.of(experiment["config"].model)
-    model = registry.create_model(config, num_classes=10, image_size=32)
+    model = registry.create_model(config, num_classes=10, image_size=16)
     teacher = Teacher(model, mean=(0.4,) * 3, std=(0.3,) * 3)
     return {
         "teacher": registry.init_params(model, seed=3),
@@ -197,7 +201,7 @@ def test_evaluation_sums_real_examples_only(experiment):
         experiment["params"], parallel.shard({**batch, "mask": mask})
     )
     images = augment.normalize(jnp.asarray(batch["image"][:11]), (0.5,) * 3, (0.5,) * 3)
-    logits, _ = experiment["model"].apply({"params": experiment["params"]}, images)
+    logits, _ = apply(experiment["model"], experiment["params"], images)
     labels = batch["label"][:11]
     losses = -jax.nn.log_softmax(logits)[np.arange(11), labels]
     assert sums["count"] == 11

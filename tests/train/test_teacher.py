@@ -20,7 +20,7 @@ def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
     teacher, student = vit(num_registers=1), vit()
     guidance, params = taught_by(teacher, indicator, per_head=per_head)
     images = images_for(student)
-    got = jax.jit(lambda p, x: target(guidance, p, x, student))(params, images)
+    got = target(guidance, params, images, student)
     assert got.shape == (3, 2, *((2,) if per_head else ()), 15, 15)
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
     recorded = measure.record(teacher, params, images)
