@@ -82,9 +82,6 @@ def test_vit_and_windowfree_differ_in_the_model_only():
 @pytest.mark.parametrize("name", ["windowfree", "vit"])
 def test_imagenet_recipe_runs_on_mock_data(name, tmp_path):
     config = load(name, "runlocal")
-    config.data.image_size = (
-        32  # Half of what is documented: not optimised, it is slow.
-    )
     with tfds.testing.mock_data(num_examples=40):
         metrics = loop.train(config, tmp_path)
     assert set(metrics) == {
