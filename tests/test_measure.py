@@ -360,11 +360,19 @@ def test_what_an_indicator_needs_is_asked_for(params, images):
     np.testing.assert_array_equal(everything, impact("rollout").impact)
 
 
-class Counted(ViT):
-    """A ViT that counts how often it is run, and pulled back through."""
+class Counted:
+    """A model that counts how often it is run, and pulled back through."""
 
     def readout(self, tokens):
         return super().readout(_counted(tokens))
+
+
+class CountedViT(Counted, ViT):
+    pass
+
+
+class CountedWinfT(Counted, WindowFreeViT):
+    pass
 
 
 COUNTS = {"forward": 0, "backward": 0}
@@ -392,10 +400,13 @@ def _counted_backward(_, cotangent):
 _counted.defvjp(_counted_forward, _counted_backward)
 
 
-@pytest.mark.parametrize("num_probes", [2, 5])
-def test_all_indicators_share_one_forward_pass(params, images, num_probes):
+@pytest.mark.parametrize(
+    ("model_class", "num_probes"), [(CountedViT, 2), (CountedViT, 5), (CountedWinfT, 3)]
+)
+def test_all_indicators_share_one_forward_pass(images, model_class, num_probes):
     """A photograph: every indicator, fused and per head, and their recording."""
-    model, recording = Counted(**SIZES), None
+    model, recording = model_class(**SIZES), None
+    params = random_params(model)
     COUNTS.update(forward=0, backward=0)
     for name in ("propagated", "mean", "knockout", "rollout"):
         found = measure.impact(
