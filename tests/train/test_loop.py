@@ -86,8 +86,10 @@ def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_
     assert list(tmp_path.glob("events.out.tfevents.*"))
     # The task "evaluate" finds the same numbers in the checkpoint.
     digits_config.evaluate_checkpoint = "last"
+    digits_config.guidance.teacher = "a folder that is gone"
     again = loop.evaluate(digits_config, tmp_path)
     assert again == pytest.approx(metrics)
+    digits_config.guidance.teacher = ""
     # And the importer opens the folder: the same model, the averaged parameters.
     loaded = pretrained.load(tmp_path)
     state = last_state(digits_config, tmp_path)

@@ -174,12 +174,15 @@ class Training:
         }
 
 
-def resolve(config: ml_collections.ConfigDict, info: DataInfo) -> Training:
+def resolve(
+    config: ml_collections.ConfigDict, info: DataInfo, *, guided: bool = True
+) -> Training:
     """Resolves a config, overrides included, checking its parts together.
 
     Args:
       config: the experiment's.
       info: of the data that it is trained on.
+      guided: whether to open what guides; an evaluation needs no teacher.
 
     Raises:
       UsageError: what is wrong, and what to do.
@@ -192,9 +195,11 @@ def resolve(config: ml_collections.ConfigDict, info: DataInfo) -> Training:
         num_classes=info.num_classes,
         image_size=info.image_size,
     )
-    guidance, teacher_params = _guidance(
-        config.guidance, student=model, duration=steps.guidance
-    )
+    guidance, teacher_params = None, None
+    if guided:
+        guidance, teacher_params = _guidance(
+            config.guidance, student=model, duration=steps.guidance
+        )
     options = OptimizerConfig(**config.optimizer.to_dict())
     learning_rate = learning_rate_schedule(
         options.learning_rate, warmup_steps=steps.warmup, total_steps=steps.total

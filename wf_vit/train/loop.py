@@ -111,7 +111,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     Raises:
       UsageError: the config cannot work, or there is no checkpoint.
     """
-    run = open_run(config)
+    run = open_run(config, guided=False)
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(
             run.training.start(), which=config.evaluate_checkpoint
@@ -188,11 +188,12 @@ class Run:
         return batch["image"][batch["mask"]]
 
 
-def open_run(config: ml_collections.ConfigDict) -> Run:
+def open_run(config: ml_collections.ConfigDict, *, guided: bool = True) -> Run:
     """Opens the data and resolves the config, checking them together.
 
     Args:
       config: the experiment's config (``wf_vit.train.config``).
+      guided: whether to open what guides; an evaluation needs no teacher.
 
     Raises:
       UsageError: what is wrong, and what to do.
@@ -208,7 +209,7 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
     data = open_dataset(DataConfig.of(config.data))
     return Run(
         data=data,
-        training=resolve(config, data.info),
+        training=resolve(config, data.info, guided=guided),
         batch_size=config.batch_size,
         eval_batch_size=config.eval_batch_size,
     )
