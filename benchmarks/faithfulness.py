@@ -30,7 +30,6 @@ from wf_vit import indicators, measure, verify
 from wf_vit.models import pretrained
 from wf_vit.models.parameters import head_gain
 from wf_vit.shapes import Key
-from wf_vit.verify import network
 
 _WEIGHTS = flags.DEFINE_string(
     "weights", "../shared/weights/dinov2_s14.safetensors", "Any checkpoint with CLS."
@@ -110,7 +109,7 @@ def correlations(
         cuts, probes = jax.random.split(jax.random.fold_in(key, place))
         results.append(
             verify.faithfulness(
-                network.cut(loaded.params, image, layers=layers, model=loaded.model),
+                verify.cut(loaded.params, image, layers=layers, model=loaded.model),
                 impacts(loaded, image, layers, probes),
                 layers,
                 key=cuts,

@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,30 @@ def test_modules_are_imported_without_what_they_do_not_need(absent):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem
+)
+def test_what_a_benchmark_takes_from_the_package_is_there(path):
+    """They are run by hand, some with packages that the tests do without."""
+    tree = ast.parse(path.read_text())
+    taken = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "wf_vit"
+        ):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in MODULES:
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                taken[alias.asname or alias.name] = getattr(module, alias.name)
+    assert taken
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = taken.get(node.value.id)
+            if isinstance(owner, types.ModuleType):
+                assert hasattr(owner, node.attr), f"{owner.__name__}.{node.attr}"
 
 
 def test_only_parallel_knows_of_pmap():
