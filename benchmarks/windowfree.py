@@ -154,7 +154,7 @@ def run_variant(
         print(f"{name}  epoch {row['epoch']}  {top1} %  {speed:.0f} images/s")
     if name in SAVED:
         runs.save_run(folder / "runs" / name)
-    fielded = isinstance(sweep.model, registry.FIELD_MODELS)
+    fielded = isinstance(runs.training.model, registry.FIELD_MODELS)
     hard = [runs.hard(threshold) for threshold in HARD if fielded]
     # The first window holds the compilation.
     speeds = [row["train_images_per_second"] for row in rows[1:] or rows]
