@@ -118,7 +118,7 @@ def test_loss_and_gradient_are_those_of_the_augmented_batch(experiment):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(experiment["params"])
     assert history[0]["loss"] == pytest.approx(float(value), rel=1e-5)
-    norm = float(optax.global_norm(gradient))
+    norm = float(optax.tree.norm(gradient))
     assert history[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
     assert 0 < history[0]["field_area"] < 1
 

@@ -93,9 +93,9 @@ def train_step(
 
     gradients, metrics = _accumulate(gradient, batch, objective.accumulate_steps)
     gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics["update_norm"] = optax.global_norm(updates)
+    metrics["update_norm"] = optax.tree.norm(updates)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
