@@ -17,7 +17,7 @@ PACKAGE = ROOT / "wf_vit"
 LAYERS = [
     ["errors", "shapes", "grid", "workdir"],
     ["data", "models", "indicators"],
-    ["measure", "fields"],
+    ["measure", "tendency", "fields"],
     ["interventions"],
     ["figures", "page"],
     ["train", "verify", "explanation"],

@@ -22,6 +22,7 @@ _PARTS = (
     "models",
     "page",
     "shapes",
+    "tendency",
     "train",
     "verify",
 )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid, coordinates, displacements
 from wf_vit.shapes import Interactions
+from wf_vit.tendency import explained_share, tendency
 
 # Accelerators multiply float32 in fewer bits unless told otherwise.
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -34,6 +35,8 @@ class Field(NamedTuple):
         edges of its field, in patches, non-negative: the extents WinfT learns.
       area: smallest number of patches that hold ``mass`` of R_i, as a share of P.
       displacement: centroid of R_i minus own position, ``(x, y)`` in patches.
+      excess: the displacement without the part that geometry alone gives
+        (`wf_vit.tendency`): where the field tends to for the image's sake.
       covariance: of the position under R_i, ``[[xx, xy], [xy, yy]]`` in patches^2.
       mask: ``mask[i, j]``, the smallest set that holds ``mass``, and patch i itself.
     """
@@ -41,8 +44,14 @@ class Field(NamedTuple):
     extents: Float[Array, "*batch P 4"]
     area: Float[Array, "*batch P"]
     displacement: Float[Array, "*batch P 2"]
+    excess: Float[Array, "*batch P 2"]
     covariance: Float[Array, "*batch P 2 2"]
     mask: Bool[Array, "*batch P P"]
+
+    @property
+    def geometry_share(self) -> Float[Array, "*batch"]:
+        """Share of the displacements of all patches that geometry alone explains."""
+        return explained_share(self.displacement, self.displacement - self.excess)
 
 
 def responsive_field(
@@ -85,7 +94,8 @@ def _responsive_field(indicator, grid, mass):
     num_patches = share.shape[-1]
     step = displacements(grid)
     squares = step[..., :, None] * step[..., None, :]
-    displacement = _einsum("...ij,ijc->...ic", share, step)
+    arrows = tendency(share, grid)
+    displacement = arrows.displacement
     around_patch = _einsum("...ij,ijcd->...icd", share, squares)
     shift = displacement[..., :, None] * displacement[..., None, :]
     mask, count = _smallest_set(share, mass)
@@ -93,6 +103,7 @@ def _responsive_field(indicator, grid, mass):
         extents=_quantile_extents(share, grid, mass),
         area=count / num_patches,
         displacement=displacement,
+        excess=arrows.excess,
         covariance=around_patch - shift,
         mask=mask | _identity(mask.shape),
     )

@@ -50,7 +50,8 @@ class Impact(NamedTuple):
     """An indicator of one batch of images.
 
     Attributes:
-      impact: of patch j on patch i, heads together.
+      impact: of patch j on patch i, heads together; with ``prefix_tokens`` of token j
+        on token i, N in place of P.
       heads: the same for each head on its own; None unless it was asked for.
       relative_error: of the propagated impact, see `indicators.PropagatedKnockout`.
       recording: the forward pass that it was measured in.
@@ -73,6 +74,7 @@ def impact(
     target: str = "tokens",
     num_probes: int = 16,
     key: Key | None = None,
+    prefix_tokens: bool = False,
     recording: Recording | None = None,
 ) -> Impact:
     """Returns how much each interaction matters, by the name of an indicator.
@@ -90,6 +92,8 @@ def impact(
       target: the output that "propagated" looks at, one of ``OUTPUTS``.
       num_probes: of "propagated", at least 2.
       key: randomness of "propagated" and "random".
+      prefix_tokens: whether to keep the interactions with the prefix tokens, which
+        come first. ``CONTROLS`` know none: there they are 0.
       recording: of the same images and layers, say another indicator's.
 
     Returns:
@@ -118,6 +122,7 @@ def impact(
             num_probes=num_probes,
             layers=layers,
             per_head=per_head,
+            prefix_tokens=prefix_tokens,
         )
         heads = knockout.heads.impact if per_head else None
         return Impact(knockout.impact, heads, knockout.relative_error, recording)
@@ -129,31 +134,28 @@ def impact(
         )
     if recording is None:
         recording = record(model, params, images, layers=layers)
-    options = {"num_prefix_tokens": model.num_prefix_tokens}
+    control = indicator in CONTROLS
+    dropped = 0 if prefix_tokens and not control else model.num_prefix_tokens
+    options = {"num_prefix_tokens": dropped}
+    inputs = [recording.attention]
     match indicator:
         case "knockout":
-            of = functools.partial(
-                indicators.knockout_impact,
-                recording.attention,
-                recording.values,
-                *output_projection(model, params, layers),
-                **options,
-            )
+            of = indicators.knockout_impact
+            inputs += [recording.values, *output_projection(model, params, layers)]
         case "rollout":
-            of = functools.partial(
-                indicators.attention_rollout, recording.attention, **options
-            )
+            of = indicators.attention_rollout
         case _:
-            of = functools.partial(
-                indicators.interaction_indicator,
-                recording.attention,
-                method=indicator,
-                grid=model.grid,
-                key=key,
-                **options,
-            )
-    heads = of(per_head=True) if per_head else None
-    return Impact(of(per_head=False), heads, None, recording)
+            of = indicators.interaction_indicator
+            options |= {"method": indicator, "key": key}
+            options |= {"grid": model.grid} if control else {}
+    of = functools.partial(of, *inputs, **options)
+    found = of(per_head=False), of(per_head=True) if per_head else None
+    if control and prefix_tokens:
+        before = [(model.num_prefix_tokens, 0)] * 2
+        found = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + before), found
+        )
+    return Impact(*found, None, recording)
 
 
 def record(
@@ -300,9 +302,8 @@ def propagate_logit(
 def _check_images(images: AnyImages) -> None:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UsageError(
-            f"The images are {images.dtype}, expected normalised images, which are "
-            "floats: prepare them as the model expects "
-            "(the preprocess of models.pretrained.load)."
+            f"The images are {images.dtype}, expected normalised images, floats: pass "
+            "what the preprocess of models.pretrained.load returns."
         )
 
 
