@@ -67,7 +67,7 @@ def test_what_one_region_alone_hears_is_its_own():
     own = np.asarray(found.excess - found.popularity)
     toward = displacements(GRID)[:, 54]
     along = (own * toward).sum(-1) / np.maximum(np.linalg.norm(toward, axis=-1), 1)
-    assert along[region].mean() > 0.5
+    assert along[region].mean() > 0.3
     assert np.delete(along, region).mean() < 0
 
 
@@ -79,7 +79,7 @@ def test_a_patchs_own_part_has_no_trace_of_geometry():
     found = tendency.tendency(normalized(rows), GRID)
     own = found.excess - found.popularity
     inwards = coordinates(GRID).mean(0) - coordinates(GRID)
-    inwards = np.broadcast_to(inwards, own.shape)
+    inwards = jnp.broadcast_to(inwards, own.shape)
     assert tendency.explained_share(own, inwards).max() < 1e-6
     np.testing.assert_allclose(own.mean(-2), 0, atol=1e-4)
 
