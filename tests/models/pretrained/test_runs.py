@@ -52,6 +52,18 @@ def test_a_run_can_be_resized_and_get_a_new_head(run_folder):
     assert logits.shape == (1, 3)
 
 
+def test_a_loaded_model_is_resized_as_the_file_would_be(run_folder):
+    folder, _, _ = run_folder
+    resized = pretrained.load(folder).resized((8, 24))
+    expected = pretrained.load(folder, image_size=(8, 24))
+    assert resized.model == expected.model
+    assert resized.preprocess == expected.preprocess
+    jax.tree.map(np.testing.assert_array_equal, resized.params, expected.params)
+    assert resized.resized((8, 24)) is resized
+    with pytest.raises(UsageError, match=r"do not divide an image height of 9"):
+        resized.resized((9, 24))
+
+
 def test_a_run_without_checkpoints_or_config_is_explained(tmp_path, run_folder):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UsageError, match="train first"):

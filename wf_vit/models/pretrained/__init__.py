@@ -11,11 +11,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.infer import Parameters, infer
-from wf_vit.models.pretrained.positions import resize_table
+from wf_vit.models.pretrained.positions import (
+    TORCH_CUBIC_ANTIALIAS,
+    Resampling,
+    resize_table,
+)
 from wf_vit.models.pretrained.preprocess import Preprocess
 from wf_vit.models.pretrained.readers import HUB, download, read
 from wf_vit.models.pretrained.runs import is_run, read_run
@@ -36,11 +41,43 @@ class Pretrained:
       model: the module.
       params: its parameters, float32.
       preprocess: turns uint8 images of any size into the model's input.
+      class_names: C names, in the order of the logits, or none where they are not
+        known.
+      resampling: how the checkpoint's library resizes position tables.
     """
 
     model: ViT
     params: Params
     preprocess: Preprocess
+    class_names: tuple[str, ...] = ()
+    resampling: Resampling = TORCH_CUBIC_ANTIALIAS
+
+    def resized(self, image_size: tuple[int, int]) -> "Pretrained":
+        """Returns the same model for images of another size.
+
+        A learned position table is resized to the new grid.
+
+        Raises:
+          UsageError: patches do not divide the size, or a parameter belongs to the
+            grid and cannot be resized.
+        """
+        if tuple(image_size) == self.model.image_size:
+            return self
+        model = self.model.clone(image_size=tuple(image_size)).validate()
+        preprocess = dataclasses.replace(self.preprocess, image_size=model.image_size)
+        params = traverse_util.flatten_dict(self.params, sep="/")
+        if model.positions == "learned":
+            table = np.asarray(params["position_table"])
+            table = resize_table(table, model.grid, self.resampling)
+            params["position_table"] = jnp.asarray(table, jnp.float32)
+        size = f"The model at {image_size[0]} x {image_size[1]} pixels"
+        _compare(params, jax.eval_shape(lambda: _initial(model)), {}, size)
+        return dataclasses.replace(
+            self,
+            model=model,
+            params=traverse_util.unflatten_dict(params, sep="/"),
+            preprocess=preprocess,
+        )
 
 
 def load(
@@ -101,6 +138,7 @@ def load(
         arrays, hints = read(path)
         checkpoint = infer(arrays, hints, image_size=image_size, num_heads=num_heads)
     parameters, model = checkpoint.parameters, checkpoint.model
+    names = checkpoint.class_names
     if num_classes not in (None, model.num_classes):
         _LOG.info(
             "The head of %s, for %d classes, makes way for a new one for %d.",
@@ -110,12 +148,21 @@ def load(
         )
         model = model.clone(num_classes=num_classes, representation_size=None)
         parameters = _without_head(parameters) | _new_head(model)
+        names = ()
     if image_size is not None:
         model = model.clone(image_size=image_size).validate()
     if model.positions == "learned":
         table = parameters["position_table"]
         table = resize_table(table, model.grid, checkpoint.resampling)
         parameters = parameters | {"position_table": table}
+    if len(names) not in (0, model.num_classes):
+        _LOG.warning(
+            "%s names %d classes, but its head has %d: the names are left out.",
+            source,
+            len(names),
+            model.num_classes,
+        )
+        names = ()
     expected = jax.eval_shape(lambda: _initial(model))
     _compare(parameters, expected, checkpoint.origin, source)
     params = {name: jnp.asarray(parameters[name], jnp.float32) for name in expected}
@@ -123,6 +170,8 @@ def load(
         model=model,
         params=traverse_util.unflatten_dict(params, sep="/"),
         preprocess=Preprocess(model.image_size, checkpoint.image_format),
+        class_names=names,
+        resampling=checkpoint.resampling,
     )
 
 

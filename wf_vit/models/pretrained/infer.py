@@ -37,6 +37,7 @@ class Checkpoint:
       origin: the checkpoint's own name of each, where there is one.
       resampling: how its library resizes the position table.
       image_format: how its images are prepared.
+      class_names: of its head, where they are known.
     """
 
     model: ViT
@@ -44,6 +45,7 @@ class Checkpoint:
     origin: dict[str, str]
     resampling: Resampling
     image_format: ImageFormat
+    class_names: tuple[str, ...] = ()
 
 
 def infer(
@@ -95,6 +97,7 @@ def infer(
         origin=renamed.origin,
         resampling=layout.resampling,
         image_format=dataclasses.replace(layout.image_format, **hints.image_format),
+        class_names=hints.class_names,
     )
 
 

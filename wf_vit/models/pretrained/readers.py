@@ -42,10 +42,12 @@ class Hints:
     Attributes:
       model: attributes of ``ViT``.
       image_format: arguments of ``preprocess.ImageFormat``.
+      class_names: of the head.
     """
 
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_format: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], Hints]:
@@ -212,7 +214,7 @@ def timm_hints(config: Mapping[str, Any]) -> Hints:
         "pool": POOLINGS.get(config.get("global_pool")),
         "image_size": _pair(size),
     }
-    return Hints(_said(model), image_format)
+    return Hints(_said(model), image_format, tuple(config.get("label_names", ())))
 
 
 def hugging_face_hints(
@@ -240,7 +242,14 @@ def hugging_face_hints(
         "norm_epsilon": config.get("layer_norm_eps"),
         "image_size": _pair(config.get("image_size")),
     }
-    return Hints(_said(model), image_format)
+    return Hints(_said(model), image_format, _labels(config.get("id2label", {})))
+
+
+def _labels(by_index: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns Hugging Face's class names, unless they are its placeholders."""
+    names = tuple(by_index[key] for key in sorted(by_index, key=int))
+    placeholders = all(name == f"LABEL_{k}" for k, name in enumerate(names))
+    return () if placeholders else names
 
 
 def _said(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,4 +80,5 @@ def read_run(source: Path) -> Checkpoint:
             interpolation=data["resize_method"],
             crop=data["eval_resize"],
         ),
+        class_names=tuple(restored["meta"].get("class_names", ())),
     )
