@@ -52,7 +52,7 @@ TASKS = {
         "wf_vit.train.loop", "model", "evaluates the best checkpoint in --workdir"
     ),
     "explain": Task(
-        "wf_vit.explanation", "images", "explains images: figures, a page, a table"
+        "wf_vit.explanation.task", "images", "explains images: figures, a page, a table"
     ),
     "verify": Task("wf_vit.verify", "protocols", "checks the indicators on a data set"),
     "prepare": Task(

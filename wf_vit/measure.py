@@ -22,7 +22,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models.parameters import output_projection
 from wf_vit.models.recording import Recording, forward, linearize
 from wf_vit.models.vit import ViT
-from wf_vit.shapes import Images, Key, Labels, Params
+from wf_vit.shapes import Images, Keys, Labels, Params
 
 # Every indicator by name, and what it is called in a figure or a page.
 INDICATORS = {
@@ -73,7 +73,7 @@ def impact(
     layers: Sequence[int] | None = None,
     target: str = "tokens",
     num_probes: int = 16,
-    key: Key | None = None,
+    key: Keys | None = None,
     prefix_tokens: bool = False,
     recording: Recording | None = None,
 ) -> Impact:
@@ -91,7 +91,7 @@ def impact(
       layers: indices from 0, in the order they are wanted; None for all.
       target: the output that "propagated" looks at, one of ``OUTPUTS``.
       num_probes: of "propagated", at least 2.
-      key: randomness of "propagated" and "random".
+      key: randomness of "propagated" (see `propagate`) and of "random".
       prefix_tokens: whether to keep the interactions with the prefix tokens, which
         come first. ``CONTROLS`` know none: there they are 0.
       recording: of the same images and layers, say another indicator's.
@@ -146,8 +146,8 @@ def impact(
             of = indicators.attention_rollout
         case _:
             of = indicators.interaction_indicator
-            options |= {"method": indicator, "key": key}
-            options |= {"grid": model.grid} if control else {}
+            options |= {"method": indicator}
+            options |= {"grid": model.grid, "key": key} if control else {}
     of = functools.partial(of, *inputs, **options)
     found = of(per_head=False), of(per_head=True) if per_head else None
     if control and prefix_tokens:
@@ -187,7 +187,7 @@ def propagate(
     images: AnyImages,
     *,
     target: str,
-    key: Key,
+    key: Keys,
     num_probes: int = 16,
     layers: Sequence[int] | None = None,
     per_head: bool = False,
@@ -205,8 +205,9 @@ def propagate(
       images: normalised images.
       target: one of ``OUTPUTS``: all final "tokens", the "cls" token, or "pooled", what
         the head reads. For a class use ``propagate_logit``.
-      key: randomness of the probes. An image's impact depends on it and on the place
-        in the batch, but not on the other images.
+      key: randomness of the probes, one ``[]`` for all images or ``[B]`` for each. An
+        image's impact depends on its own key, or on the one key and the place in the
+        batch, but not on the other images.
       num_probes: M, at least 2.
       layers: indices from 0; None for all.
       per_head: whether to cut in one head at a time too.
@@ -329,7 +330,7 @@ def _record(
 def _propagate(
     params: Params,
     images: Images,
-    key: Key,
+    key: Keys,
     *,
     model: ViT,
     layers: tuple[int, ...],
@@ -342,14 +343,16 @@ def _propagate(
     output, gradients, recording = linearize(
         model, layers, params, images, operator.itemgetter(target)
     )
-    places = jnp.arange(images.shape[0])
+    if not key.ndim:
+        places = jnp.arange(images.shape[0])
+        key = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
 
     def cotangents(probe):
-        def signs(place):
-            own = jax.random.fold_in(jax.random.fold_in(key, place), probe)
+        def signs(key):
+            own = jax.random.fold_in(key, probe)
             return jax.random.rademacher(own, output.shape[1:], output.dtype)
 
-        return gradients(jax.vmap(signs)(places))
+        return gradients(jax.vmap(signs)(key))
 
     projection = output_projection(model, params, layers)
     knockout = indicators.propagated_knockout(

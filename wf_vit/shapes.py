@@ -15,6 +15,7 @@ Positions are ``(x, y)`` in patches, x to the right and y downwards.
 """
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Key as KeyArray
 
 # Images as the data layer gives them (8 bits) and as models take them.
 RawImages = UInt8[Array, "B height width 3"]
@@ -35,4 +36,6 @@ Labels = Int[Array, "B"]
 Mask = Bool[Array, "*batch N N"]
 
 Params = PyTree[Array]
+# Randomness: one key, or one for each image.
 Key = PRNGKeyArray
+Keys = Key | KeyArray[Array, "B"]

@@ -67,13 +67,15 @@ class Tendency(NamedTuple):
 
 
 def explained_share(
-    arrows: Float[Array, "*batch P 2"], by: Float[Array, "*batch P 2"]
+    arrows: Float[Array | np.ndarray, "*batch P 2"],
+    by: Float[Array | np.ndarray, "*batch P 2"],
 ) -> Float[Array, "*batch"]:
     """Returns the share of squared arrow length that ``by``, times a number, explains.
 
     The squared cosine over all patches and both components, in [0, 1]; 0 where either
     is zero everywhere.
     """
+    arrows, by = jnp.asarray(arrows), jnp.asarray(by)
     common = (arrows * by).sum((-2, -1))
     lengths = jnp.square(arrows).sum((-2, -1)) * jnp.square(by).sum((-2, -1))
     return jnp.square(common) / jnp.where(lengths > 0, lengths, 1.0)

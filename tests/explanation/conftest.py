@@ -6,7 +6,7 @@ from PIL import Image
 from tests.explanation.example import DATA_ONLY, SIZE, make_config, noise
 from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
-from wf_vit.explanation import explain
+from wf_vit.explanation.task import explain
 from wf_vit.models import registry
 
 

@@ -10,8 +10,9 @@ VIT = FIXTURES / "timm_vit"
 SIZE, GRID = (16, 24), (4, 6)
 PATCHES, LAYERS, HEADS = 24, 2, 2
 
-# The photographs that can be read, in the order of the results.
-NAMES = ["a.jpg", "a.png", "b.png", "more/a.png"]
+# The photographs that can be read, in the order of the results. Two of them would have
+# one name without their suffixes.
+NAMES = ["a.jpg", "a.png", "b", "more/a"]
 DATA_ONLY = {"figures": False, "page": False}
 RNG = np.random.default_rng(0)
 
@@ -23,7 +24,7 @@ def noise(height, width, channels=3):
 def make_config(weights=VIT, **changes):
     config = get_config()
     with config.ignore_type():
-        changes = {"image_size": SIZE, "num_probes": 4} | changes
+        changes = {"image_size": SIZE, "fit": "model", "num_probes": 4} | changes
         config.update(weights=str(weights), **changes)
     return config
 

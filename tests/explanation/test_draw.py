@@ -20,8 +20,9 @@ from tests.explanation.example import (
     make_config,
 )
 from tests.explorer import Explorer, assert_shows
-from wf_vit.explanation import draw, explain
+from wf_vit.explanation import draw
 from wf_vit.explanation.explanation import Explanation
+from wf_vit.explanation.task import explain
 from wf_vit.page import coding
 
 
@@ -38,16 +39,16 @@ def test_chosen_layers_and_patch_are_the_ones_that_are_shown(photographs, tmp_pa
         figures=False,
     )
     explain(config, tmp_path)
-    folder = tmp_path / "images/a.png"
+    folder = tmp_path / "images/a"
     explanation = Explanation.load(folder)
     assert explanation.layers.tolist() == [1]
     assert explanation.indicator == "knockout"
-    drawings = draw.image_drawings(explanation, 8)
+    drawings = draw.image_drawings(explanation, patch=8)
     for name in ("interactions", "fields", "tendency", "indiscriminative"):
         assert drawings[name]().axes[0].get_title() == "layer 1"
     (mark,) = drawings["interactions"]().axes[0].lines
     np.testing.assert_allclose(mark.get_xydata(), [[2, 1]])
-    whole = arrays_of(tmp_path, "a.png")["impact/knockout"]
+    whole = arrays_of(tmp_path, "a")["impact/knockout"]
     assert whole.shape == (1, PATCHES, PATCHES)
     page = (folder / "page.html").read_text()
     meta = json.loads(block(page, "meta"))
@@ -71,7 +72,7 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
         **DATA_ONLY,
     )
     explain(config, tmp_path)
-    explanation = Explanation.load(tmp_path / "images/a.png")
+    explanation = Explanation.load(tmp_path / "images/a")
     # Untrained fields have the initial radius of their layer on every side.
     radii = 1.0 + np.arange(LAYERS).reshape(-1, 1, 1, 1)
     np.testing.assert_allclose(
@@ -80,7 +81,7 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
         rtol=1e-5,
     )
     assert explanation.field_heads.extents.shape == (LAYERS, HEADS, PATCHES, 4)
-    learned = draw.image_drawings(explanation, None)["learned"]()
+    learned = draw.image_drawings(explanation)["learned"]()
     assert [panel.get_ylabel() for panel in learned.axes] == [
         "learned",
         "",
@@ -107,7 +108,7 @@ def test_a_real_page_with_heads_is_small(shared, tmp_path):
         heads=True,
     )
     explain(config, tmp_path / "run")
-    folder = tmp_path / "run/images/chelsea.png"
+    folder = tmp_path / "run/images/chelsea"
     assert (folder / "page.html").stat().st_size < 5_000_000
     assert Explanation.load(folder).field_heads.area.shape == (12, 6, 256)
 
@@ -116,8 +117,8 @@ def test_a_real_page_with_heads_is_small(shared, tmp_path):
 def test_the_page_shows_the_numbers_of_the_data(browser, photographs, tmp_path):
     image = photographs / "b.png"
     explain(make_config(images=str(image), figures=False), tmp_path)
-    arrays = arrays_of(tmp_path, "b.png")
-    visit = Explorer(browser, tmp_path / "images/b.png/page.html", GRID)
+    arrays = arrays_of(tmp_path, "b")
+    visit = Explorer(browser, tmp_path / "images/b/page.html", GRID)
     visit.open("#layer0=1")
     for patch in (0, 9, 23):
         visit.hover(patch)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.explanation.example import LAYERS, NAMES, arrays_of
+from wf_vit import tendency
 from wf_vit.explanation import summary
 from wf_vit.explanation.explanation import ARRAYS
 
 
 def test_every_array_and_column_is_documented(run):
     patterns = [
-        re.escape(name).replace("NAME", r"\w+").replace(r"\.\.\.", r"\w+")
+        re.escape(name).replace("NAME", r"\w+").replace(r"\.\.\.", r"[\w/]+")
         for name in ARRAYS
     ]
     for name in arrays_of(run, "a.png"):
@@ -35,16 +36,19 @@ def test_the_table_has_a_row_for_each_image_layer_and_head(run):
         for layer in range(LAYERS)
         for head in ("all", "0", "1")
     ] == [(row["image"], row["layer"], row["head"]) for row in rows]
-    arrays = arrays_of(run, "more/a.png")
+    arrays = arrays_of(run, "more/a")
     together, _, second = rows[-3:]
     reach = [
         float(together[f"extent_{side}"]) for side in ("left", "top", "right", "bottom")
     ]
     np.testing.assert_allclose(reach, arrays["field/extents"][1].mean(0), rtol=1e-5)
-    arrow = arrays["field/displacement"][1]
-    got = [float(together[f"tendency_{part}"]) for part in ("x", "y", "length")]
+    excess, displacement = arrays["field/excess"], arrays["field/displacement"]
+    arrow = excess[1]
+    got = [float(together[f"excess_{part}"]) for part in ("x", "y", "length")]
     expected = [*arrow.mean(0), np.linalg.norm(arrow, axis=-1).mean()]
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+    share = tendency.explained_share(displacement, displacement - excess)
+    assert float(together["geometry_share"]) == pytest.approx(float(share[1]), rel=1e-4)
     area = arrays["field/area"][1]
     assert float(together["field_area"]) == pytest.approx(area.mean())
     assert float(together["field_area_std"]) == pytest.approx(area.std())

@@ -19,43 +19,73 @@ PAGE = "page.html"
 Drawings = Mapping[str, Callable[[], Figure]]
 
 
-def image_drawings(explanation: Explanation, patch: int | None) -> Drawings:
+def image_drawings(
+    explanation: Explanation, *, patch: int | None = None, model: str = ""
+) -> Drawings:
     """Returns the figures of one image.
 
     Args:
       explanation: of the image.
       patch: whose interactions and fields are shown; None for the telling ones.
+      model: what the model is called.
     """
     e, photograph = explanation, explanation.photograph
-    options = {"grid": e.grid, "layer_names": e.layers.tolist()}
-    patches = None if patch is None else [patch]
+    shape = {"grid": e.grid, "layer_names": e.layers.tolist()}
+    source = " · ".join(filter(None, [model, measure.INDICATORS[e.indicator]]))
+    options = shape | {"source": source}
+    telling = figures.telling_patches(e.discriminability.mean(0), e.grid, 3).tolist()
+    first = telling[0] if patch is None else patch
+    patches = telling if patch is None else [patch]
+
+    def of(draw, *arrays, **others):
+        return partial(draw, photograph, *arrays, **options | others)
+
     drawings = {
-        "interactions": partial(
-            figures.interactions,
-            photograph,
-            e.impact[e.indicator],
-            patch=patch,
-            **options,
-        ),
-        "fields": partial(
-            figures.responsive_fields, photograph, e.field, patches=patches, **options
-        ),
-        "tendency": partial(
-            figures.tendency, photograph, e.field.displacement, **options
-        ),
-        "indiscriminative": partial(
-            figures.indiscriminative, photograph, e.discriminability, **options
-        ),
+        "interactions": of(figures.interactions, e.patch_impact(), patch=first),
+        "fields": of(figures.responsive_fields, e.field, patches=patches),
+        "field_size": of(figures.field_size, e.field.area),
+        "tendency": of(figures.tendency, e.field.excess),
+        "indiscriminative": of(figures.indiscriminative, e.discriminability),
     }
-    if e.learned is not None:
-        drawings["learned"] = partial(
-            figures.learned_beside_measured,
+    attention = " · ".join(filter(None, [model, "attention"]))
+    if e.prefix:
+        drawings["class_attention"] = of(
+            figures.class_attention,
+            e.prefix_attention,
+            names=e.prefix,
+            source=attention,
+        )
+    if e.impact_heads:
+        heads = e.of_patches(e.impact_heads[e.indicator])
+        drawings["heads"] = of(figures.heads, heads, patch=first)
+    if e.components is not None:
+        drawings["principal_components"] = partial(
+            figures.principal_components,
             photograph,
+            e.components,
+            grid=e.grid,
+            source=model,
+        )
+    if e.class_effect is not None:
+        c = e.class_effect
+        drawings["class_map"] = of(
+            figures.class_map,
+            c.class_map,
+            c.by_layer,
+            class_name=c.name,
+            probability=c.probability,
+            source=model,
+        )
+        drawings["class_interactions"] = of(
+            figures.interactions, e.of_patches(c.effect), patch=first
+        )
+    if e.learned is not None:
+        drawings["learned"] = of(
+            figures.learned_beside_measured,
             e.learned.extents,
-            e.field_heads.extents,
+            e.field_heads,
             softness=e.learned.softness,
-            patch=patch,
-            **options,
+            patch=first,
         )
     by_head = None if e.field_heads is None else e.field_heads.area.mean(-1)
     return drawings | depth_drawings(
@@ -118,10 +148,23 @@ def save_figures(drawings: Drawings, folder: Path) -> None:
                 figure.savefig(folder / f"{name}.{suffix}")
 
 
-def save_page(
-    explanation: Explanation, path: Path, *, mass: float, title: str, model: str
-) -> None:
-    """Writes the page of one image, which opens with the main indicator."""
+def page_html(
+    explanation: Explanation,
+    *,
+    mass: float,
+    title: str,
+    model: str = "",
+    max_bytes: int,
+) -> str:
+    """Returns the page of one image, which opens with the main indicator.
+
+    Args:
+      explanation: of the image.
+      mass: share of its impact that a field holds.
+      title: of the page.
+      model: what the model is called.
+      max_bytes: size of the page at most.
+    """
     e = explanation
     shown = {
         e.indicator: page.Indicator(
@@ -134,15 +177,28 @@ def save_page(
     for name in e.impact:
         heads = e.impact_heads.get(name)
         shown.setdefault(name, page.Indicator(e.impact[name], heads))
-    html = page.explorer(
+    effect = None
+    if e.class_effect is not None:
+        c = e.class_effect
+        effect = page.ClassEffect(
+            c.effect, c.class_map, c.by_layer, c.name, c.probability
+        )
+    return page.explorer(
         e.photograph,
         {measure.INDICATORS[name]: indicator for name, indicator in shown.items()},
         e.grid,
+        prefix=e.prefix,
+        class_effect=effect,
         extents=None if e.learned is None else e.learned.extents,
         layers=e.layers.tolist(),
         mass=mass,
         title=title,
         model=model,
+        max_bytes=max_bytes,
     )
+
+
+def save_page(html: str, path: Path) -> None:
+    """Writes a page, all at once."""
     with replacing(path) as partial_file:
         partial_file.write_text(html, encoding="utf-8")

@@ -1,49 +1,67 @@
 """What a model's patches do to one another in a photograph, and the file of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from wf_vit import fields, measure
-from wf_vit import indicators as matrices
 from wf_vit.errors import UsageError
 from wf_vit.fields import Field
 from wf_vit.grid import Grid
-from wf_vit.models.pretrained import Pretrained
-from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import WindowFreeViT
-from wf_vit.shapes import Key
+from wf_vit.page import coding
 from wf_vit.workdir import replacing
 
 # The folder of the results, in which every image has a folder of its own.
 IMAGES = "images"
 DATA = "data.npz"
+# Of what the file holds; it changes when older files cannot be read any more.
+FORMAT = 2
+
+# Interactions are stored in so many steps: few tokens in fine ones, many in coarse
+# ones, as their number grows with the fourth power of the image's side.
+_FINE, _COARSE, _FEW_TOKENS = 255, 31, 600
 
 # The arrays of data.npz; axis letters as in wf_vit.shapes.
 ARRAYS = {
+    "format": "version of this list",
+    "source": "digest (sha256) of the image file",
     "photograph": "[height, width, 3], 8 bits: the pixels that the model saw",
     "grid": "[2]: rows and columns of patches",
     "layers": "[L]: numbers of the layers, from 0",
+    "prefix": "names of the prefix tokens (CLS, registers): the first of the N tokens",
     "indicator": "name of the indicator that the fields are made of",
-    "impact/NAME": "[L, P, P], for each indicator: of patch j (column) on i (row)",
-    "impact_heads/NAME": "[L, H, P, P]: the same for each head on its own",
+    "impact/NAME/...": "for each indicator: of token j (column) on token i (row), as "
+    "codes: share = (codes / levels)^2 * (scales / 65535)^2 of the row, impact = share "
+    "* total. wf_vit.explanation.Explanation.load decodes them",
+    "impact/NAME/codes": "[L, N, N], 8 bits",
+    "impact/NAME/scales": "[L, N], 16 bits: root of the row's largest share",
+    "impact/NAME/total": "[L, N]: sum of the row",
+    "impact/NAME/levels": "[]: a share is at most 1 / levels + 1 / (4 levels^2) of the "
+    "row's largest away from what was measured",
+    "impact_heads/NAME/...": "the same four, [L, H, ...], for each head on its own",
     "field/extents": "[L, P, 4]: how far the responsive field extends to the left, "
     "top, right and bottom of the patch's centre, in patches",
     "field/area": "[L, P]: share of the grid that the field covers",
     "field/displacement": "[L, P, 2]: from the patch to its field's centroid",
+    "field/excess": "[L, P, 2]: the part of it that geometry does not explain: where "
+    "the field tends to for the image's sake",
     "field/covariance": "[L, P, 2, 2]: of positions in the field, in patches^2",
-    "field/mask": "[L, P, P]: whether patch j belongs to the field of patch i",
-    "field_heads/...": "the same five, [L, H, P, ...], for each head on its own",
+    "field/mask": "[L, P, P / 8]: whether patch j belongs to the field of patch i, a "
+    "bit each (numpy.unpackbits)",
+    "field_heads/...": "the same six, [L, H, P, ...], for each head on its own",
     "discriminability": "[L, P]: how much the impact of a patch depends on who is "
     "asking (standard deviation over the queries)",
+    "prefix_attention": "[L, H, T, P]: attention of the T prefix tokens to patches",
     "attention_distance": "[L, H]: mean attention distance, in patches",
+    "components": "[P, 3]: first principal components of the final patch tokens, as "
+    "colours",
     "relative_error": "[L]: standard error of the propagated impact, relative to it",
+    "class/...": "if a class was asked for: its index, name and probability, and "
+    "effect/..., [L, N, N]: what each interaction adds to its logit, coded like an "
+    "impact, with a bit for each negative one in effect/negative",
     "learned/extents": "[L, H, P, 4]: of a window-free transformer: how far its "
     "learned fields extend to the left, top, right and bottom",
     "learned/softness": "[]: width of the learned fields' border, in patches",
@@ -59,56 +77,122 @@ class Learned:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassEffect:
+    """What the interactions in one image add to the logit of a class.
+
+    Attributes:
+      index: of the class.
+      name: of the class, or "class INDEX".
+      probability: that the model gives it.
+      effect: of interaction i<-j on the logit, to first order, signed; the prefix
+        tokens come first.
+      num_prefix_tokens: how many.
+    """
+
+    index: int
+    name: str
+    probability: float
+    effect: Float[np.ndarray, "L N N"]
+    num_prefix_tokens: int
+
+    @property
+    def by_layer(self) -> Float[np.ndarray, "L P"]:
+        """What each patch adds by what others hear of it, layer by layer."""
+        heard = self.effect.sum(-2) - np.diagonal(self.effect, axis1=-2, axis2=-1)
+        return heard[:, self.num_prefix_tokens :]
+
+    @property
+    def class_map(self) -> Float[np.ndarray, " P"]:
+        """The same in all layers together."""
+        return self.by_layer.sum(0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Explanation:
     """What was measured in one image; ``ARRAYS`` says what the arrays are.
 
-    ``impact_heads`` is empty and ``field_heads`` None where heads were not told
-    apart.
+    Impacts have N tokens, the prefix tokens first; fields are those of the patches.
+    ``impact_heads`` is empty and ``field_heads`` None where heads were not told apart.
     """
 
     photograph: UInt8[np.ndarray, "height width 3"]
     grid: Grid
     layers: Int[np.ndarray, " L"]
+    prefix: tuple[str, ...]
     indicator: str
-    impact: Mapping[str, Float[np.ndarray, "L P P"]]
-    impact_heads: Mapping[str, Float[np.ndarray, "L H P P"]]
+    impact: Mapping[str, Float[np.ndarray, "L N N"]]
+    impact_heads: Mapping[str, Float[np.ndarray, "L H N N"]]
     field: Field
     field_heads: Field | None
     discriminability: Float[np.ndarray, "L P"]
+    prefix_attention: Float[np.ndarray, "L H T P"]
     attention_distance: Float[np.ndarray, "L H"]
-    relative_error: Float[np.ndarray, " L"] | None
-    learned: Learned | None
+    components: Float[np.ndarray, "P 3"] | None = None
+    relative_error: Float[np.ndarray, " L"] | None = None
+    class_effect: ClassEffect | None = None
+    learned: Learned | None = None
 
-    def save(self, folder: Path) -> None:
-        """Writes ``data.npz`` into a folder, all at once."""
-        arrays = {
+    def patch_impact(self) -> Float[np.ndarray, "L P P"]:
+        """Returns the main indicator's impact of patches on patches."""
+        return self.of_patches(self.impact[self.indicator])
+
+    def of_patches(
+        self, matrices: Float[np.ndarray, "*batch N N"]
+    ) -> Float[np.ndarray, "*batch P P"]:
+        """Returns interactions without those of the prefix tokens."""
+        return matrices[..., len(self.prefix) :, len(self.prefix) :]
+
+    def save_data(self, folder: Path, *, source: str = "") -> None:
+        """Writes ``data.npz`` into a folder, all at once.
+
+        Args:
+          folder: is made if needed.
+          source: digest of the image file.
+        """
+        arrays: dict[str, Any] = {
+            "format": np.array(FORMAT),
+            "source": np.array(source),
             "photograph": self.photograph,
             "grid": np.array(self.grid),
             "layers": self.layers,
+            "prefix": np.array(self.prefix, dtype=str),
             "indicator": np.array(self.indicator),
             "discriminability": self.discriminability,
+            "prefix_attention": self.prefix_attention,
             "attention_distance": self.attention_distance,
         }
         for part in ("impact", "impact_heads"):
-            arrays |= {f"{part}/{k}": v for k, v in getattr(self, part).items()}
-        arrays |= {f"field/{k}": v for k, v in self.field._asdict().items()}
-        if self.field_heads is not None:
-            by_head = self.field_heads._asdict()
-            arrays |= {f"field_heads/{k}": v for k, v in by_head.items()}
-        if self.relative_error is not None:
-            arrays["relative_error"] = self.relative_error
+            for name, impact in getattr(self, part).items():
+                arrays |= _coded(f"{part}/{name}", impact)
+        for part in ("field", "field_heads"):
+            field = getattr(self, part)
+            if field is not None:
+                members = field._asdict() | {"mask": np.packbits(field.mask, axis=-1)}
+                arrays |= {f"{part}/{k}": v for k, v in members.items()}
+        for part in ("components", "relative_error"):
+            if getattr(self, part) is not None:
+                arrays[part] = getattr(self, part)
+        if self.class_effect is not None:
+            c = self.class_effect
+            for part in ("index", "name", "probability"):
+                arrays[f"class/{part}"] = np.array(getattr(c, part))
+            arrays |= _coded("class/effect", np.abs(c.effect))
+            arrays["class/effect/negative"] = np.packbits(c.effect < 0, axis=-1)
         if self.learned is not None:
             learned = dataclasses.asdict(self.learned)
             arrays |= {f"learned/{k}": v for k, v in learned.items()}
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / DATA) as partial, partial.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, folder: Path) -> "Explanation":
-        """Reads what ``save`` wrote."""
-        with np.load(folder / DATA) as file:
-            arrays = dict(file)
+        """Reads what ``save_data`` wrote; impacts have the rounding that it says.
+
+        Raises:
+          UsageError: an earlier version of this package wrote it.
+        """
+        arrays = _read(folder)
 
         def group(name: str) -> dict[str, np.ndarray]:
             prefix = f"{name}/"
@@ -118,133 +202,90 @@ class Explanation:
                 if key.startswith(prefix)
             }
 
-        by_head, learned = group("field_heads"), group("learned")
+        def impacts(name: str) -> dict[str, np.ndarray]:
+            names = dict.fromkeys(key.partition("/")[0] for key in group(name))
+            return {n: _decoded(group(f"{name}/{n}")) for n in names}
+
+        def field(name: str) -> Field | None:
+            members = group(name)
+            if not members:
+                return None
+            count = members["area"].shape[-1]
+            members["mask"] = np.unpackbits(members["mask"], axis=-1, count=count) > 0
+            return Field(**members)
+
+        learned, prefix = group("learned"), tuple(arrays["prefix"].tolist())
         return cls(
             photograph=arrays["photograph"],
             grid=tuple(arrays["grid"].tolist()),
             layers=arrays["layers"],
+            prefix=prefix,
             indicator=arrays["indicator"].item(),
-            impact=group("impact"),
-            impact_heads=group("impact_heads"),
-            field=Field(**group("field")),
-            field_heads=Field(**by_head) if by_head else None,
+            impact=impacts("impact"),
+            impact_heads=impacts("impact_heads"),
+            field=field("field"),
+            field_heads=field("field_heads"),
             discriminability=arrays["discriminability"],
+            prefix_attention=arrays["prefix_attention"],
             attention_distance=arrays["attention_distance"],
+            components=arrays.get("components"),
             relative_error=arrays.get("relative_error"),
+            class_effect=_class_effect(group("class"), len(prefix)),
             learned=Learned(learned["extents"], learned["softness"].item())
             if learned
             else None,
         )
 
 
-def check_indicators(names: Sequence[str], layers: Sequence[int] | None) -> None:
-    """Raises UsageError unless the indicators exist and can be had in these layers."""
-    known = measure.INDICATORS
-    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise UsageError(
-            f"config.indicators is {tuple(names)}: name some of "
-            f"{', '.join(known)}, each once."
-        )
-    if "rollout" in names and layers is not None:
-        raise UsageError(
-            f"config.layers is {tuple(layers)}, but the rollout needs all layers: "
-            "leave config.layers empty, or leave out the rollout."
-        )
+def source_of(folder: Path) -> str:
+    """Returns the digest of the image that ``data.npz`` in a folder explains."""
+    with np.load(folder / DATA) as file:
+        return file["source"].item() if "source" in file else ""
 
 
-def explain_batch(
-    loaded: Pretrained,
-    photographs: UInt8[np.ndarray, "B height width 3"],
-    *,
-    indicators: Sequence[str],
-    target: str,
-    num_probes: int,
-    layers: Sequence[int] | None,
-    heads: bool,
-    mass: float,
-    key: Key,
-) -> list[Explanation]:
-    """Measures the interactions and fields of a batch of photographs.
+def _read(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / DATA) as file:
+        found = int(file["format"]) if "format" in file else 1
+        if found != FORMAT:
+            raise UsageError(
+                f"{folder / DATA} has the format {found}, expected {FORMAT}: another "
+                "version of wf_vit wrote it. Explain the image again, in a new "
+                "--workdir."
+            )
+        return dict(file)
 
-    All indicators share one forward pass, that of the propagated one if it is wanted.
 
-    Args:
-      loaded: the model.
-      photographs: of the model's size, as ``loaded.preprocess.fit`` makes them.
-      indicators: names of ``measure.INDICATORS``; the fields are those of the last.
-      target: the output that "propagated" looks at, one of ``measure.OUTPUTS``.
-      num_probes: of "propagated".
-      layers: indices; None for all.
-      heads: whether to measure every head on its own too. The heads of a window-free
-        transformer, which have fields of their own, always are.
-      mass: share of its impact that a patch's field holds.
-      key: randomness of the probes. An image's numbers depend on it and on the place
-        in the batch, but not on the other images.
-
-    Returns:
-      An explanation of each photograph.
-
-    Raises:
-      UsageError: an indicator, a layer or a target is unknown, or does not go with
-        the others.
-    """
-    check_indicators(indicators, layers)
-    model, main = loaded.model, indicators[-1]
-    heads = heads or isinstance(model, WindowFreeViT)
-    images = jnp.asarray(loaded.preprocess.normalize(photographs))
-    found, recording = {}, None
-    for name in sorted(indicators, key=lambda name: name != "propagated"):
-        found[name] = measure.impact(
-            model,
-            loaded.params,
-            images,
-            name,
-            per_head=heads,
-            layers=layers,
-            target=target,
-            num_probes=num_probes,
-            key=key,
-            recording=recording,
-        )
-        recording = found[name].recording
-    impact = found[main]
-    stacked = {
-        "impact": {name: found[name].impact for name in indicators},
-        "impact_heads": {name: found[name].heads for name in indicators if heads},
-        "field": fields.responsive_field(impact.impact, model.grid, mass=mass),
-        "field_heads": fields.responsive_field(impact.heads, model.grid, mass=mass)
-        if heads
-        else None,
-        "discriminability": fields.discriminability(impact.impact),
-        "attention_distance": matrices.mean_attention_distance(
-            recording.attention,
-            num_prefix_tokens=model.num_prefix_tokens,
-            grid=model.grid,
-        ),
-        "relative_error": found["propagated"].relative_error
-        if "propagated" in found
-        else None,
-        "extents": recording.extents if isinstance(model, WindowFreeViT) else None,
+def _coded(name: str, impact: Float[np.ndarray, "*rows N"]) -> dict[str, np.ndarray]:
+    """Returns the arrays that stand for an impact in the file."""
+    impact = np.asarray(impact)
+    levels = _FINE if impact.shape[-1] <= _FEW_TOKENS else _COARSE
+    total = impact.sum(-1)
+    shares = impact / np.where(total > 0, total, 1)[..., None]
+    coded = coding.encode(shares, levels)
+    return {
+        f"{name}/codes": coded.codes,
+        f"{name}/scales": coded.scales,
+        f"{name}/total": total,
+        f"{name}/levels": np.array(levels),
     }
-    stacked = jax.device_get(stacked)
-    return [
-        _explanation(
-            jax.tree.map(lambda x, b=b: x[:, b], stacked),
-            model,
-            photograph=photograph,
-            layers=np.array(model.check_layers(layers)),
-            indicator=main,
-        )
-        for b, photograph in enumerate(photographs)
-    ]
 
 
-def _explanation(arrays: dict[str, Any], model: ViT, **others: Any) -> Explanation:
-    """Returns one photograph's explanation, from its arrays ``[L ...]``."""
-    extents = arrays.pop("extents")
-    return Explanation(
-        grid=model.grid,
-        learned=None if extents is None else Learned(extents, model.fields.softness),
-        **arrays,
-        **others,
+def _decoded(parts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "*rows N"]:
+    levels = int(parts["levels"])
+    coded = coding.Coded(parts["codes"], parts["scales"], levels)
+    return coded.decode() * parts["total"][..., None]
+
+
+def _class_effect(parts: Mapping[str, Any], num_prefix: int) -> ClassEffect | None:
+    if not parts:
+        return None
+    effect = {k.removeprefix("effect/"): v for k, v in parts.items() if "/" in k}
+    size = _decoded(effect)
+    negative = np.unpackbits(effect["negative"], axis=-1, count=size.shape[-1]) > 0
+    return ClassEffect(
+        index=parts["index"].item(),
+        name=parts["name"].item(),
+        probability=parts["probability"].item(),
+        effect=np.where(negative, -size, size),
+        num_prefix_tokens=num_prefix,
     )

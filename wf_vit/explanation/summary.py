@@ -17,6 +17,7 @@ from jaxtyping import Float
 from wf_vit import fields
 from wf_vit.explanation import draw
 from wf_vit.explanation.explanation import ARRAYS, DATA, IMAGES
+from wf_vit.tendency import explained_share
 from wf_vit.workdir import replacing
 
 TABLE = "table.csv"
@@ -25,7 +26,7 @@ STATISTICS = "statistics.json"
 # The columns of table.csv, which has a row for each image, layer and head, and one
 # for the heads together. Empty: not measured (fields of single heads need heads=True).
 COLUMNS = {
-    "image": "path of the image below the folder that all images have in common",
+    "image": "name of the image: that of its folder",
     "layer": "number of the layer, from 0",
     "head": "number of the head, from 0, or 'all'",
     "field_area": "share of the grid that a responsive field covers, mean over patches",
@@ -35,11 +36,12 @@ COLUMNS = {
     "extent_top": "the same upwards",
     "extent_right": "the same to the right",
     "extent_bottom": "the same downwards",
-    "tendency_x": "from a patch to its field's centroid, in patches, to the right, "
-    "mean over patches",
-    "tendency_y": "the same downwards",
-    "tendency_length": "length of the arrow from a patch to its field's centroid, in "
-    "patches, mean over patches",
+    "excess_x": "from a patch to its field's centroid, beyond what geometry alone "
+    "gives, in patches, to the right, mean over patches",
+    "excess_y": "the same downwards",
+    "excess_length": "length of that arrow, in patches, mean over patches",
+    "geometry_share": "share of the arrows to the centroids that geometry alone "
+    "explains, from 0 to 1",
     "attention_distance": "mean attention distance, in patches",
 }
 
@@ -51,15 +53,16 @@ STATISTICS_KEYS = {
     "layers": "their numbers, from 0",
     "field_area": "share of the grid that a responsive field covers: mean and standard "
     "deviation over images and patches",
-    "tendency_length": "length of the arrow from a patch to its field's centroid, in "
-    "patches, likewise",
+    "excess_length": "length of the arrow from a patch to its field's centroid, beyond "
+    "what geometry alone gives, in patches, likewise",
     "attention_distance": "mean attention distance of each head, in patches: mean and "
     "standard deviation over images",
     "field_area_heads": "as field_area, for each head on its own, if measured",
 }
 
 _PREFACE = """\
-L layers, H heads, P patches, numbered row by row. Positions are (x, y) in patches, x
+L layers, H heads, N tokens, of which the first T are prefix tokens (CLS, registers)
+and the other P are patches, numbered row by row. Positions are (x, y) in patches, x
 to the right and y downwards. The impact of patch j on patch i says how much the
 interaction i<-j matters; patch i's responsive field is where its impact comes from.
 """
@@ -68,7 +71,7 @@ interaction i<-j matters; patch i's responsive field is where its impact comes f
 _HEADS = "field_heads/area"
 
 # Statistics that are not told apart by heads.
-_FUSED = ("field_area", "tendency_length")
+_FUSED = ("field_area", "excess_length")
 
 
 def write(workdir: Path, names: Sequence[str], notes: dict[str, Any]) -> None:
@@ -76,7 +79,7 @@ def write(workdir: Path, names: Sequence[str], notes: dict[str, Any]) -> None:
 
     Args:
       workdir: of the run.
-      names: of the images that were measured, at least one.
+      names: of all images in the run, at least one.
       notes: what ``statistics.json`` says besides.
     """
     _write_table(workdir, names)
@@ -117,12 +120,14 @@ def _rows(arrays: np.lib.npyio.NpzFile) -> Iterator[list[Any]]:
 
 def _field_columns(arrays, kind) -> Float[np.ndarray, "L *heads columns"]:
     """Returns the columns that describe fields, of the heads together or of each."""
-    area, extents, arrow = (
-        arrays[f"{kind}/{part}"] for part in ("area", "extents", "displacement")
+    area, extents, displacement, excess = (
+        arrays[f"{kind}/{part}"]
+        for part in ("area", "extents", "displacement", "excess")
     )
-    length = np.linalg.norm(arrow, axis=-1)
+    length = np.linalg.norm(excess, axis=-1)
     columns = [area.mean(-1), area.std(-1), *np.moveaxis(extents.mean(-2), -1, 0)]
-    columns += [*np.moveaxis(arrow.mean(-2), -1, 0), length.mean(-1)]
+    columns += [*np.moveaxis(excess.mean(-2), -1, 0), length.mean(-1)]
+    columns += [np.asarray(explained_share(displacement, displacement - excess))]
     return np.stack(columns, axis=-1)
 
 
@@ -157,10 +162,10 @@ def _write_statistics(
 
 def _sample(arrays: np.lib.npyio.NpzFile) -> dict[str, Float[np.ndarray, "L _ 1 _"]]:
     """Returns what the statistics are of, in one image: by layer, head and patch."""
-    length = np.linalg.norm(arrays["field/displacement"], axis=-1)
+    length = np.linalg.norm(arrays["field/excess"], axis=-1)
     sample = {
         "field_area": arrays["field/area"][:, None, None],
-        "tendency_length": length[:, None, None],
+        "excess_length": length[:, None, None],
         "attention_distance": arrays["attention_distance"][:, :, None, None],
     }
     if _HEADS in arrays:

@@ -1,62 +1,54 @@
 """The task ``explain``: images to data, figures and pages, a batch at a time."""
 
+import functools
+import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 
 from wf_vit.errors import UsageError
-from wf_vit.explanation import draw, images, summary
-from wf_vit.explanation.explanation import (
-    DATA,
-    IMAGES,
-    Explanation,
-    check_indicators,
-    explain_batch,
-)
+from wf_vit.explanation import draw, gallery, images, progress, summary
+from wf_vit.explanation.explanation import DATA, IMAGES, Explanation, source_of
+from wf_vit.explanation.measuring import Settings, explain_batch
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
-from wf_vit.models.pretrained.preprocess import Preprocess
+from wf_vit.models.pretrained import Pretrained
 from wf_vit.workdir import claim_workdir, prepare_workdir, replacing
 
 _LOG = logging.getLogger(__name__)
 
 # Keys that change no number, and may differ from one call to the next.
-_FREE = ("batch_size", "figures", "page")
+_FREE = ("batch_size", "figures", "images", "page", "page_bytes", "patch")
+
+Size = tuple[int, int]
 
 
 def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Explains images, going on where an earlier call was interrupted.
 
-    An image is done when its files are there; to do one again, delete its folder.
+    An image is done when its files are there; to do one again, delete its folder. Other
+    images may be added by a later call.
 
     Args:
       config: that of ``configs/explain.py``, where its keys are documented.
       workdir: receives ``config.json``; for each image ``images/NAME/`` with
         ``data.npz``, ``figures/`` and ``page.html``; and over all images
-        ``table.csv``, ``statistics.json`` and ``figures/``. Its ``README.md`` says
-        what the arrays and columns are.
+        ``index.html``, ``table.csv``, ``statistics.json`` and ``figures/``. Its
+        ``README.md`` says what the arrays and columns are.
 
     Raises:
       UsageError: the config cannot work; the results there are another config's; or,
         when all the others are done, some images could not be read.
     """
-    # On a command line "mean,knockout" is one name.
-    indicators = [n.strip() for name in config.indicators for n in name.split(",")]
-    layers = tuple(config.layers) or None
-    check_indicators(indicators, layers)
-    _check(config)
+    settings = _settings(config)
     sources = images.find(config.images, leave_out=workdir)
     prepare_workdir(workdir)
-    loaded = pretrained.load(config.weights, image_size=config.image_size)
-    _LOG.info("%d images; %s", len(sources), _describe(config.weights, loaded))
-    _check_patch(config.patch, loaded.model.grid)
+    loaded = pretrained.load(config.weights)
     claim_workdir(
         workdir,
         json.loads(config.to_json_best_effort()),
@@ -64,22 +56,19 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
         results=workdir / IMAGES,
         free=_FREE,
     )
-    measure_batch = partial(
-        explain_batch,
-        loaded,
-        indicators=indicators,
-        target=config.target,
-        num_probes=config.num_probes,
-        layers=layers,
-        heads=config.heads,
-        mass=config.mass,
-    )
-    broken = _explain_all(sources, workdir, loaded, config, measure_batch)
-    done = [source.name for source in sources if source.path not in broken]
+    sizes, broken = _sizes(sources, loaded, config, workdir / IMAGES)
+    _check_patch(config.patch, loaded, set(sizes.values()))
+    broken |= _explain_all(sizes, loaded, config, settings, workdir / IMAGES)
+    done = [s.name for s in sources if s.path not in broken]
     if done:
-        notes = {"indicator": indicators[-1], "mass": config.mass}
-        summary.write(workdir, done, notes)
-        _LOG.info("Wrote %s.", workdir)
+        notes = {"indicator": settings.indicators[-1], "mass": config.mass}
+        everything = sorted(
+            str(file.parent.relative_to(workdir / IMAGES))
+            for file in (workdir / IMAGES).rglob(DATA)
+        )
+        summary.write(workdir, everything, notes)
+        gallery.write(workdir, everything, _name(config.weights, loaded))
+        _LOG.info("Wrote %s.", workdir / gallery.INDEX)
     if broken:
         listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken.items())
         raise UsageError(
@@ -88,43 +77,8 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
 
 
-def _explain_all(
-    sources: Sequence[images.Source],
-    workdir: Path,
-    loaded: pretrained.Pretrained,
-    config: ml_collections.ConfigDict,
-    measure_batch: Callable[..., list[Explanation]],
-) -> dict[Path, str]:
-    """Measures and draws what is missing; returns why some files are unreadable."""
-    folder, model = workdir / IMAGES, _describe(config.weights, loaded)
-    # Batches of one size, for which the model is compiled; the last is filled up.
-    size = -(-len(sources) // -(-len(sources) // config.batch_size))
-    key = jax.random.key(config.seed)
-    broken = {}
-    with tqdm.tqdm(total=len(sources), unit=" images", disable=None) as bar:
-        for start in range(0, len(sources), size):
-            batch = sources[start : start + size]
-            fresh, unreadable = _measure_missing(
-                batch,
-                size,
-                folder,
-                loaded.preprocess,
-                partial(measure_batch, key=jax.random.fold_in(key, start)),
-            )
-            for source in batch:
-                if source.path not in unreadable:
-                    _draw_missing(source.name, fresh, folder, config, model)
-            broken |= unreadable
-            bar.update(len(batch))
-            end, count = start + len(batch), len(sources)
-            # Without a terminal, a line for each per cent.
-            if bar.disable and 100 * end // count > 100 * start // count:
-                _LOG.info("%d of %d images", end, count)
-    return broken
-
-
-def _check(config: ml_collections.ConfigDict) -> None:
-    """Raises UsageError for values that nothing after it would explain."""
+def _settings(config: ml_collections.ConfigDict) -> Settings:
+    """Returns what is measured; raises UsageError for values that cannot work."""
     if not config.weights or not config.images:
         raise UsageError(
             f"config.weights is {config.weights!r} and config.images "
@@ -135,80 +89,205 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise UsageError(
             f"config.batch_size is {config.batch_size}, expected at least 1."
         )
-
-
-def _check_patch(patch: int, grid: Grid) -> None:
-    """Raises UsageError unless the grid has the patch, or it is -1."""
-    if not -1 <= patch < grid[0] * grid[1]:
-        raise UsageError(
-            f"config.patch is {patch}, but there are {grid[0]} x {grid[1]} patches: "
-            f"expected 0 to {grid[0] * grid[1] - 1}, row by row, or -1 for the most "
-            "telling ones."
-        )
-
-
-def _describe(weights: str, loaded: pretrained.Pretrained) -> str:
-    model = loaded.model
-    return (
-        f"{Path(weights).name}: {model.depth} layers, {model.num_heads} heads, "
-        f"{model.grid[0]} x {model.grid[1]} patches of an image of "
-        f"{model.image_size[0]} x {model.image_size[1]} pixels"
+    # On a command line "mean,knockout" is one name.
+    names = [n.strip() for name in config.indicators for n in name.split(",")]
+    return Settings(
+        indicators=tuple(names),
+        target=config.target,
+        num_probes=config.num_probes,
+        layers=tuple(config.layers) or None,
+        heads=config.heads,
+        mass=config.mass,
     )
 
 
-def _measure_missing(
-    batch: Sequence[images.Source],
-    size: int,
+def _sizes(
+    sources: Sequence[images.Source],
+    loaded: Pretrained,
+    config: ml_collections.ConfigDict,
     folder: Path,
-    preprocess: Preprocess,
-    measure_batch: Callable[..., list[Explanation]],
-) -> tuple[dict[str, Explanation], dict[Path, str]]:
-    """Measures the images of a batch that are not done, and writes their data.
+) -> tuple[dict[images.Source, Size], dict[Path, str]]:
+    """Returns the size at which each image is seen, and why some are unreadable.
 
-    An image's numbers depend on its place in the batch, but not on which others are
-    done already: their places are left empty.
-
-    Returns:
-      The new explanations by name, and why some files are unreadable.
+    Raises:
+      UsageError: the folder holds another image of the same name.
     """
-    photographs = np.zeros((size, *preprocess.image_size, 3), np.uint8)
-    places, unreadable = {}, {}
-    for place, (name, path) in enumerate(batch):
-        if (folder / name / DATA).exists():
-            continue
+    sizes, broken = {}, {}
+    model = loaded.model
+    for source in sources:
         try:
-            photographs[place] = preprocess.fit(images.read(path))
-            places[name] = place
+            photograph = images.size(source.path)
+            if (folder / source.name / DATA).exists():
+                _check_same(source, folder / source.name)
         except images.UnreadableImageError as error:
-            unreadable[path] = str(error)
-    if not places:
-        return {}, unreadable
-    explanations = measure_batch(photographs)
-    fresh = {name: explanations[place] for name, place in places.items()}
-    for name, explanation in fresh.items():
-        explanation.save(folder / name)
-    return fresh, unreadable
+            broken[source.path] = str(error)
+            continue
+        sizes[source] = images.seen_size(
+            photograph,
+            model.image_size,
+            model.patch_size,
+            tuple(config.image_size),
+            config.fit,
+        )
+    return sizes, broken
+
+
+def _check_same(source: images.Source, folder: Path) -> None:
+    if source_of(folder) not in ("", images.digest(source.path)):
+        raise UsageError(
+            f"{folder} explains another image than {source.path}, which has the same "
+            "name: rename the image, remove that folder, or pass another --workdir."
+        )
+
+
+def _explain_all(
+    sizes: dict[images.Source, Size],
+    loaded: Pretrained,
+    config: ml_collections.ConfigDict,
+    settings: Settings,
+    folder: Path,
+) -> dict[Path, str]:
+    """Measures and draws what is missing; returns why some files are unreadable."""
+
+    @functools.lru_cache(maxsize=1)
+    def seeing(size: Size) -> Pretrained:
+        """Returns the model for images of a size."""
+        return loaded.resized(size)
+
+    def missing(source: images.Source) -> bool:
+        return not (folder / source.name / DATA).exists()
+
+    broken: dict[Path, str] = {}
+    todo = sorted(filter(missing, sizes), key=lambda s: (sizes[s], s))
+    seconds = _announce(len(sizes), todo, sizes, seeing, settings)
+    bar = progress.Progress(len(todo), seconds)
+    for size, same in itertools.groupby(todo, key=sizes.__getitem__):
+        group = list(same)
+        for start in range(0, len(group), config.batch_size):
+            batch = group[start : start + config.batch_size]
+            with bar.images(len(batch)):
+                broken |= _measure(batch, seeing(size), config, settings, folder)
+                _draw_missing(batch, loaded, config, folder)
+    bar.close()
+    # What was measured before, but not drawn.
+    _draw_missing(sizes, loaded, config, folder)
+    return broken
+
+
+def _announce(
+    count: int,
+    todo: Sequence[images.Source],
+    sizes: dict[images.Source, Size],
+    seeing: Callable[[Size], Pretrained],
+    settings: Settings,
+) -> float:
+    """Says what is to be done and what it costs; returns the seconds for an image."""
+    if not todo:
+        _LOG.info("All %d images are measured.", count)
+        return 0.0
+    largest = max((sizes[source] for source in todo), key=lambda s: s[0] * s[1])
+    model = seeing(largest).model
+    passes = progress.passes(
+        settings.num_probes,
+        propagated="propagated" in settings.indicators,
+        of_class=settings.of_class,
+    )
+    seconds, words = progress.expected(model, passes)
+    _LOG.info(
+        "%d of %d images to measure, %d layers, %d heads, up to %d x %d patches: %s.",
+        len(todo),
+        count,
+        model.depth,
+        model.num_heads,
+        *model.grid,
+        words,
+    )
+    return seconds
+
+
+def _check_patch(patch: int, loaded: Pretrained, sizes: set[Size]) -> None:
+    """Raises UsageError unless every grid has the patch, or it is -1."""
+    rows, columns = loaded.model.patch_size
+    for height, width in sizes:
+        grid: Grid = (height // rows, width // columns)
+        if not -1 <= patch < grid[0] * grid[1]:
+            raise UsageError(
+                f"config.patch is {patch}, but there are {grid[0]} x {grid[1]} "
+                f"patches: expected 0 to {grid[0] * grid[1] - 1}, row by row, or -1 "
+                "for the most telling ones."
+            )
+
+
+def _name(weights: str, loaded: Pretrained) -> str:
+    model = loaded.model
+    return f"{Path(weights).name}: {model.depth} layers, {model.num_heads} heads"
+
+
+def _measure(
+    batch: Sequence[images.Source],
+    loaded: Pretrained,
+    config: ml_collections.ConfigDict,
+    settings: Settings,
+    folder: Path,
+) -> dict[Path, str]:
+    """Measures a batch and writes its data; returns why some files are unreadable.
+
+    An image's numbers depend on the seed and on its own file only.
+    """
+    photographs, read, unreadable = [], {}, {}
+    for source in batch:
+        try:
+            read[source] = images.digest(source.path)
+            photograph = images.read(source.path)
+        except images.UnreadableImageError as error:
+            read.pop(source, None)
+            unreadable[source.path] = str(error)
+            continue
+        photographs.append(images.fitted(photograph, loaded.preprocess, config.fit))
+    if not read:
+        return unreadable
+    # The model is compiled for batches of one size: the last one is filled up.
+    fill = [np.zeros_like(photographs[0])] * (config.batch_size - len(photographs))
+    seeds = [int(digest[:8], 16) for digest in read.values()] + [0] * len(fill)
+    key = jax.random.key(config.seed)
+    explanations = explain_batch(
+        loaded,
+        np.stack([*photographs, *fill]),
+        settings,
+        jax.vmap(functools.partial(jax.random.fold_in, key))(np.uint32(seeds)),
+    )
+    for (source, digest), explanation in zip(read.items(), explanations, strict=False):
+        explanation.save_data(folder / source.name, source=digest)
+    return unreadable
 
 
 def _draw_missing(
-    name: str,
-    fresh: Mapping[str, Explanation],
-    folder: Path,
+    sources: Iterable[images.Source],
+    loaded: Pretrained,
     config: ml_collections.ConfigDict,
-    model: str,
+    folder: Path,
 ) -> None:
-    """Draws the figures and the page of an image, unless they are there or unwanted."""
-    own = folder / name
+    """Draws the figures and pages of images, unless they are there or unwanted."""
     wanted = {draw.FIGURES: config.figures, draw.PAGE: config.page}
-    missing = {part for part in wanted if wanted[part] and not (own / part).exists()}
-    if not missing:
-        return
-    explanation = fresh[name] if name in fresh else Explanation.load(own)
-    if draw.FIGURES in missing:
-        patch = None if config.patch == -1 else config.patch
-        with replacing(own / draw.FIGURES) as partial_folder:
-            draw.save_figures(draw.image_drawings(explanation, patch), partial_folder)
-    if draw.PAGE in missing:
-        draw.save_page(
-            explanation, own / draw.PAGE, mass=config.mass, title=name, model=model
-        )
+    model = _name(config.weights, loaded)
+    for source in sources:
+        own = folder / source.name
+        missing = {p for p in wanted if wanted[p] and not (own / p).exists()}
+        if not missing or not (own / DATA).exists():
+            continue
+        # From the file, so that a call that was interrupted draws the same.
+        explanation = Explanation.load(own)
+        if draw.FIGURES in missing:
+            patch = None if config.patch == -1 else config.patch
+            drawings = draw.image_drawings(explanation, patch=patch, model=model)
+            with replacing(own / draw.FIGURES) as partial_folder:
+                draw.save_figures(drawings, partial_folder)
+        if draw.PAGE in missing:
+            html = draw.page_html(
+                explanation,
+                mass=config.mass,
+                title=source.name,
+                model=model,
+                max_bytes=config.page_bytes,
+            )
+            draw.save_page(html, own / draw.PAGE)
