@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid, coordinates, displacements
 from wf_vit.shapes import Interactions
@@ -48,12 +49,16 @@ class Field(NamedTuple):
     covariance: Float[Array, "*batch P 2 2"]
     mask: Bool[Array, "*batch P P"]
 
+    __repr__ = shapes_of
+
     @property
     def geometry_share(self) -> Float[Array, "*batch"]:
         """Share of the displacements of all patches that geometry alone explains."""
-        return explained_share(self.displacement, self.displacement - self.excess)
+        geometry = self.displacement - self.excess
+        return explained_share(self.displacement, geometry)
 
 
+@takes_arrays("indicator")
 def responsive_field(
     indicator: Interactions, grid: Grid, *, mass: float = 0.9
 ) -> Field:
@@ -65,7 +70,8 @@ def responsive_field(
     where they miss it.
 
     Args:
-      indicator: non-negative impact of patch j on patch i, ``[..., P, P]``.
+      indicator: non-negative impact of patch j on patch i, ``[..., P, P]``, from
+        anywhere (`wf_vit.arrays`).
       grid: ``(GH, GW)`` with ``GH * GW = P``.
       mass: share of R_i that the field holds, between 0 and 1.
 
@@ -154,6 +160,7 @@ def _smallest_set(share, mass):
     return above | (ties & (ties.cumsum(-1) <= vacant[..., None])), count
 
 
+@takes_arrays("indicator")
 @jax.jit
 def discriminability(indicator: Interactions) -> Float[Array, "*batch P"]:
     """Returns how much the impact of each patch depends on who is asking.
@@ -183,6 +190,8 @@ class Statistics(NamedTuple):
     count: Int[Array, ""]
     mean: PyTree[Float[Array, "..."]]
     variance: PyTree[Float[Array, "..."]]
+
+    __repr__ = shapes_of
 
 
 @partial(jax.jit, static_argnames="axes")

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from wf_vit.arrays import takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid, coordinates, distances
 
@@ -35,6 +36,7 @@ Scores = Float[Array, "L B H P P"] | Float[Array, "L B P P"]
 Keep = Bool[Array, "L #B H P P"] | Bool[Array, "L #B P P"]
 
 
+@takes_arrays("scores")
 def keep_strongest(scores: Scores, share: float, *, floor: float = 0.0) -> Keep:
     """Returns the strongest interactions of each image, a share of all of them.
 
@@ -238,6 +240,7 @@ def _then_nearest(inside, grid):
     return (inside - near / (1 + near.max())).astype(np.float32)
 
 
+@takes_arrays("scores")
 def keep_patches(scores: Float[Array, "B P"], count: int) -> Int[Array, "B kept"]:
     """Returns the patches with the highest scores, in the order of the grid.
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from wf_vit import indicators
+from wf_vit.arrays import shapes_of
 from wf_vit.errors import UsageError
 from wf_vit.models.parameters import output_projection
 from wf_vit.models.recording import Recording, forward, linearize
@@ -42,7 +43,7 @@ CONTROLS = ("distance", "random")
 # What "propagated" can look at.
 OUTPUTS = ("tokens", "cls", "pooled")
 
-# On the host or the device; their dtype is checked with a message.
+# On the host or the device.
 AnyImages = Shaped[Array | np.ndarray, "B height width 3"]
 
 
@@ -50,10 +51,9 @@ class Impact(NamedTuple):
     """An indicator of one batch of images.
 
     Attributes:
-      impact: of patch j on patch i, heads together; with ``prefix_tokens`` of token j
-        on token i, N in place of P.
+      impact: of patch j on patch i, heads together; N for P with ``prefix_tokens``.
       heads: the same for each head on its own; None unless it was asked for.
-      relative_error: of the propagated impact, see `indicators.PropagatedKnockout`.
+      relative_error: of "propagated", see `indicators.PropagatedKnockout`.
       recording: the forward pass that it was measured in.
     """
 
@@ -61,6 +61,8 @@ class Impact(NamedTuple):
     heads: Float[Array, "L B H P P"] | None
     relative_error: Float[Array, "L B"] | None
     recording: Recording
+
+    __repr__ = shapes_of
 
 
 def impact(

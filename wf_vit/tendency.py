@@ -37,6 +37,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.grid import Grid, coordinates, displacements
 
 # Both loops have converged to about float32's precision by then.
@@ -60,27 +61,29 @@ class Tendency(NamedTuple):
     geometry: Float[Array, "*batch P 2"]
     popularity: Float[Array, "*batch P 2"]
 
+    __repr__ = shapes_of
+
     @property
     def excess(self) -> Float[Array, "*batch P 2"]:
         """Displacement minus geometry: the tendency that is the image's."""
         return self.displacement - self.geometry
 
 
+@takes_arrays("arrows", "by")
 def explained_share(
-    arrows: Float[Array | np.ndarray, "*batch P 2"],
-    by: Float[Array | np.ndarray, "*batch P 2"],
+    arrows: Float[Array, "*batch P 2"], by: Float[Array, "*batch P 2"]
 ) -> Float[Array, "*batch"]:
     """Returns the share of squared arrow length that ``by``, times a number, explains.
 
     The squared cosine over all patches and both components, in [0, 1]; 0 where either
     is zero everywhere.
     """
-    arrows, by = jnp.asarray(arrows), jnp.asarray(by)
     common = (arrows * by).sum((-2, -1))
     lengths = jnp.square(arrows).sum((-2, -1)) * jnp.square(by).sum((-2, -1))
     return jnp.square(common) / jnp.where(lengths > 0, lengths, 1.0)
 
 
+@takes_arrays("share")
 @partial(jax.jit, static_argnames="grid")
 def tendency(share: Float[Array, "*batch P P"], grid: Grid) -> Tendency:
     """Returns the displacement of every field, and its parts.

@@ -6,6 +6,7 @@ from functools import wraps
 import jax
 import jax.numpy as jnp
 
+from wf_vit.arrays import takes_arrays
 from wf_vit.errors import UsageError
 
 # A softmax in bfloat16 leaves rows up to 4e-3 away from 1.
@@ -20,13 +21,21 @@ _FINITE = (
 )
 
 
+# Arguments that may be arrays from anywhere.
+ARRAYS = ("attention", *_FINITE)
+
+
 def checked(*static: str):
-    """Compiles a function of attention; checks the values it gets outside of jit."""
+    """Compiles a function of attention; checks the values it gets outside of jit.
+
+    Its arrays may come from anywhere (`wf_vit.arrays`).
+    """
 
     def decorate(function):
         compiled = jax.jit(function, static_argnames=static)
         names = tuple(inspect.signature(function).parameters)
 
+        @takes_arrays(*ARRAYS)
         @wraps(function)
         def checked(*args, **kwargs):
             # First, because tracing reports shapes and options that do not fit.

@@ -9,6 +9,7 @@ from jax import lax
 from jax.scipy.special import digamma, polygamma
 from jaxtyping import Array, Float, Int
 
+from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.indicators import checks
 from wf_vit.indicators.arithmetic import sqrt
@@ -33,7 +34,10 @@ class PropagatedKnockout(NamedTuple):
     relative_error: Float[Array, "*batch"]
     heads: "PropagatedKnockout | None" = None
 
+    __repr__ = shapes_of
 
+
+@takes_arrays(*checks.ARRAYS)
 def propagated_knockout(
     attention: Attention,
     values: Values,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from wf_vit.arrays import shapes_of
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Params
 
@@ -32,6 +33,8 @@ class Recording(NamedTuple):
     tokens: Float[Array, "B N D"]
     pooled: Float[Array, "B R"]
     logits: Float[Array, "B C"]
+
+    __repr__ = shapes_of
 
 
 def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:

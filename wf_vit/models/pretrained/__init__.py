@@ -8,21 +8,30 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from wf_vit.arrays import is_module
 from wf_vit.errors import UsageError
-from wf_vit.models.pretrained.infer import Parameters, infer
+from wf_vit.models.pretrained.infer import Checkpoint, Parameters, infer
 from wf_vit.models.pretrained.positions import (
     TORCH_CUBIC_ANTIALIAS,
     Resampling,
     resize_table,
 )
 from wf_vit.models.pretrained.preprocess import Preprocess
-from wf_vit.models.pretrained.readers import HUB, download, read
+from wf_vit.models.pretrained.readers import (
+    HUB,
+    Hints,
+    download,
+    read,
+    read_module,
+    read_state,
+)
 from wf_vit.models.pretrained.runs import is_run, read_run
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
@@ -33,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 HEAD = ("head", "head_distillation", "representation")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pretrained:
     """A model that has been trained.
 
@@ -51,6 +60,17 @@ class Pretrained:
     preprocess: Preprocess
     class_names: tuple[str, ...] = ()
     resampling: Resampling = TORCH_CUBIC_ANTIALIAS
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        model, grid = self.model, self.model.grid
+        return (
+            f"Pretrained({type(model).__name__} of {count:,} parameters: "
+            f"{model.depth} layers, {model.num_heads} heads, width {model.width}, "
+            f"{grid[0]} x {grid[1]} patches of {model.image_size[0]} x "
+            f"{model.image_size[1]} pixels, {model.num_prefix_tokens} prefix tokens, "
+            f"{model.num_classes} classes)"
+        )
 
     def resized(self, image_size: tuple[int, int]) -> "Pretrained":
         """Returns the same model for images of another size.
@@ -81,7 +101,7 @@ class Pretrained:
 
 
 def load(
-    source: str | Path,
+    source: Any,
     *,
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
@@ -113,8 +133,10 @@ def load(
 
     Args:
       source: a file; a folder with one and, perhaps, its configs; a run's working
-        directory (its last checkpoint) or ``<workdir>/checkpoints/<step>``; or
-        ``hf://owner/name[@revision]`` (needs the extra ``hub``).
+        directory (its last checkpoint) or ``<workdir>/checkpoints/<step>``;
+        ``hf://owner/name[@revision]`` (needs the extra ``hub``); a PyTorch module of
+        timm or Hugging Face, of which the weights and the config are read; or the
+        state dict of one.
       image_size: ``(height, width)`` in pixels, or one number for a square. The
         position table is resized to its grid. None: the checkpoint's own.
       num_classes: None keeps the checkpoint's head, or its lack of one. A number other
@@ -131,12 +153,9 @@ def load(
     """
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
-    path = download(source) if str(source).startswith(HUB) else Path(source)
-    if is_run(path):
-        checkpoint = read_run(path)
-    else:
-        arrays, hints = read(path)
-        checkpoint = infer(arrays, hints, image_size=image_size, num_heads=num_heads)
+    checkpoint = _read(source, image_size=image_size, num_heads=num_heads)
+    if not isinstance(source, str | Path):
+        source = f"The {type(source).__name__}"  # What messages call it.
     parameters, model = checkpoint.parameters, checkpoint.model
     names = checkpoint.class_names
     if num_classes not in (None, model.num_classes):
@@ -173,6 +192,27 @@ def load(
         class_names=names,
         resampling=checkpoint.resampling,
     )
+
+
+def _read(
+    source: Any, *, image_size: tuple[int, int] | None, num_heads: int | None
+) -> Checkpoint:
+    """Returns what a source holds, before any change of size or head."""
+    if is_module(source):
+        arrays, hints = read_module(source)
+    elif isinstance(source, Mapping):
+        arrays, hints = read_state(source), Hints()
+    elif isinstance(source, str | Path):
+        path = download(source) if str(source).startswith(HUB) else Path(source)
+        if is_run(path):
+            return read_run(path)
+        arrays, hints = read(path)
+    else:
+        raise UsageError(
+            f"The checkpoint is a {type(source).__name__}, expected a path, "
+            "hf://owner/name, a state dict, or a module of timm or transformers."
+        )
+    return infer(arrays, hints, image_size=image_size, num_heads=num_heads)
 
 
 def _initial(model: ViT) -> Parameters:

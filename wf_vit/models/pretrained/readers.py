@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from wf_vit.arrays import as_array
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.preprocess import INTERPOLATIONS
 
@@ -81,6 +82,56 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Hints]:
     else:
         raise UsageError(f"{path} is none of {', '.join(SUFFIXES)}: convert it first.")
     return arrays, read_hints(folder)
+
+
+def read_module(module: Any) -> tuple[dict[str, np.ndarray], Hints]:
+    """Reads the weights and the config of a PyTorch module of timm or Hugging Face.
+
+    Nothing is hooked into the module, and nothing of it is changed.
+
+    Returns:
+      As ``read``.
+    """
+    arrays = read_state(module.state_dict())
+    config = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):
+        return arrays, hugging_face_hints(config.to_dict(), {})
+    images = getattr(module, "pretrained_cfg", None)
+    if not isinstance(images, Mapping):
+        return arrays, Hints()
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    heads = {
+        block.attn.num_heads
+        for block in getattr(module, "blocks", ())
+        if hasattr(getattr(block, "attn", None), "num_heads")
+    }
+    arguments = {"num_heads": heads.pop()} if len(heads) == 1 else {}
+    return arrays, timm_hints(
+        {
+            "pretrained_cfg": images,
+            "model_args": arguments | ({"img_size": tuple(size)} if size else {}),
+            "global_pool": getattr(module, "global_pool", None),
+        }
+    )
+
+
+def read_state(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a state dict, which may be wrapped as in a file.
+
+    Raises:
+      UsageError: there is no array in it.
+    """
+    arrays = {
+        name: np.asarray(as_array(value, name))
+        for name, value in unwrap(state).items()
+        if hasattr(value, "shape")
+    }
+    if not arrays:
+        raise UsageError(
+            f"The state dict has no array but {sorted(map(str, state))[:5]}: pass the "
+            "parameters of a model by name."
+        )
+    return arrays
 
 
 def download(source: str) -> Path:
@@ -169,11 +220,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     # DINO's training checkpoints hold their command-line arguments.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    return {
-        name: value.detach().float().numpy()
-        for name, value in unwrap(content).items()
-        if isinstance(value, torch.Tensor)
-    }
+    return read_state(content)
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
