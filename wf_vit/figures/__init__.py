@@ -17,34 +17,43 @@ Panels over a photograph use patch coordinates: the centre of the patch in row r
 column c is at (c, r), so the photograph spans -0.5 to GW - 0.5 and -0.5 to GH - 0.5.
 """
 
+from wf_vit.figures.choice import telling_patches
 from wf_vit.figures.curves import depth_profile, training_curves
+from wf_vit.figures.effects import class_map
 from wf_vit.figures.evidence import Curve, evidence
 from wf_vit.figures.learned import (
     learned_areas,
     learned_beside_measured,
     learned_fields,
 )
-from wf_vit.figures.maps import (
-    indiscriminative,
-    interactions,
-    responsive_fields,
-    tendency,
-)
-from wf_vit.figures.panels import telling_patches
+from wf_vit.figures.maps import indiscriminative, interactions
+from wf_vit.figures.regions import field_size, responsive_fields, tendency
 from wf_vit.figures.style import COLUMN, PAGE, flow_colors, style
+from wf_vit.figures.tokens import (
+    class_attention,
+    components_of,
+    heads,
+    principal_components,
+)
 
 __all__ = [
     "COLUMN",
     "PAGE",
     "Curve",
+    "class_attention",
+    "class_map",
+    "components_of",
     "depth_profile",
     "evidence",
+    "field_size",
     "flow_colors",
+    "heads",
     "indiscriminative",
     "interactions",
     "learned_areas",
     "learned_beside_measured",
     "learned_fields",
+    "principal_components",
     "responsive_fields",
     "style",
     "telling_patches",
