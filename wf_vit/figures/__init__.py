@@ -1,8 +1,10 @@
 """Figures for papers: arrays in, matplotlib Figures out; the caller saves.
 
 All figures share one style: readable in a paper column (3.3 inches), colour-blind
-safe and vector throughout. Categories have Okabe and Ito's colours, amounts the
-perceptually uniform maps viridis and cividis, directions ``flow_colors``. Save inside
+safe, with text as text. Categories have Okabe and Ito's colours. Over a photograph,
+amounts, signed effects and directions are colours whose opacity is the value, so that
+the photograph stays visible where nothing happens; legends show the same colours on
+light and on dark. ``source`` names model and indicator, once, at the foot. Save inside
 ``style()``, so that text stays text in a PDF:
 
     figure = learned_fields(images, extents, grid=(14, 14))

@@ -1,7 +1,8 @@
 """What a figure shows: its arrays, checked, and the layers and patches it picks."""
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -11,6 +12,9 @@ from wf_vit.errors import UsageError
 
 # Layers at most that are shown beside each other, unless a figure says otherwise.
 LAYERS = 4
+
+# Numbers of patches, as a list or as `telling_patches` returns them.
+Patches = Sequence[int] | Int[np.ndarray, " _"]
 
 
 def telling_patches(
@@ -128,12 +132,12 @@ def shaped(
     return array
 
 
-def check_patch(patch: int, grid: geometry.Grid) -> int:
+def check_patch(patch: SupportsIndex, grid: geometry.Grid) -> int:
     """Returns the number of a patch, which must lie on the grid."""
-    count = grid[0] * grid[1]
+    count, patch = grid[0] * grid[1], operator.index(patch)
     if not 0 <= patch < count:
         raise UsageError(
             f"patch is {patch}, expected a number from 0 to {count - 1}: patches of "
             f"the grid {tuple(grid)} are counted row by row, without prefix tokens."
         )
-    return int(patch)
+    return patch

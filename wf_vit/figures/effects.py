@@ -15,12 +15,12 @@ from wf_vit.figures.style import COLUMN, style
 
 def class_map(
     image: draw.Photograph,
-    class_map: Float[Any, " P"],
+    total: Float[Any, " P"],
     by_layer: Float[Any, "L P"],
     grid: geometry.Grid,
-    *,
     class_name: str,
     probability: float,
+    *,
     unit: str = "added to the logit",
     source: str = "",
     layer_names: Sequence[int] | None = None,
@@ -33,7 +33,7 @@ def class_map(
 
     Args:
       image: the photograph.
-      class_map: what the interactions of each patch add, summed over layers, signed.
+      total: what the interactions of each patch add, summed over layers, signed.
       by_layer: the same in each layer.
       grid: ``(GH, GW)``.
       class_name: the class.
@@ -52,7 +52,7 @@ def class_map(
         outside of [0, 1].
     """
     image = draw.check_photograph(image)
-    total = choice.shaped("class_map", class_map, "P", grid)
+    total = choice.shaped("total", total, "P", grid)
     by_layer = choice.shaped("by_layer", by_layer, "L P", grid)
     if not 0 <= probability <= 1:
         raise UsageError(

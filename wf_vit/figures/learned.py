@@ -1,7 +1,7 @@
 """The fields that a window-free transformer learned."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -25,7 +25,7 @@ def learned_fields(
     grid: geometry.Grid,
     *,
     softness: float = 0.5,
-    patches: Sequence[int] | None = None,
+    patches: choice.Patches | None = None,
     source: str = "",
     width: float = COLUMN,
 ) -> Figure:
@@ -98,7 +98,7 @@ def learned_beside_measured(
     grid: geometry.Grid,
     *,
     softness: float = 0.5,
-    patch: int | None = None,
+    patch: SupportsIndex | None = None,
     source: str = "",
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,

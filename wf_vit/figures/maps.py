@@ -1,7 +1,7 @@
 """Interactions of one patch, and the patches whose influence depends on nobody."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +18,7 @@ def interactions(
     impact: Float[Any, "L P P"],
     grid: geometry.Grid,
     *,
-    patch: int | None = None,
+    patch: SupportsIndex | None = None,
     unit: str = "effect",
     source: str = "",
     layer_names: Sequence[int] | None = None,
@@ -125,6 +125,7 @@ def indiscriminative(
     titles = choice.layer_titles(layers, len(values), layer_names)
     relative = scales.even(values[layers])
     legend = scales.over_mean(relative, "discriminability (layer mean = 1)", least=0.5)
+    legend = legend._replace(cmap=scales.DENSE)
     count = round(share * values.shape[1])
     with style():
         figure, (panels,), foot = layout.lay_out(

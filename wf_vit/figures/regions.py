@@ -22,7 +22,7 @@ def responsive_fields(
     field: Field,
     grid: geometry.Grid,
     *,
-    patches: Sequence[int] | None = None,
+    patches: choice.Patches | None = None,
     source: str = "",
     layer_names: Sequence[int] | None = None,
     width: float = COLUMN,

@@ -18,12 +18,12 @@ _STEPS = 256
 _OPAQUE = 0.85
 
 
-def _amounts() -> ListedColormap:
+def _amounts(opaque: float) -> ListedColormap:
     """Magenta, rare in photographs, and brighter where it is opaque."""
     level = np.linspace(0, 1, _STEPS)[:, None]
     low, high = np.array(to_rgb("#E6007E")), np.array(to_rgb("#FFE14A"))
     color = low + (high - low) * np.clip(2 * level - 1, 0, 1)
-    return ListedColormap(np.hstack([color, _OPAQUE * level]), "amounts")
+    return ListedColormap(np.hstack([color, opaque * level]), "amounts")
 
 
 def _signed() -> ListedColormap:
@@ -33,7 +33,9 @@ def _signed() -> ListedColormap:
     return ListedColormap(np.hstack([color, _OPAQUE * np.abs(level)]), "signed")
 
 
-AMOUNTS, SIGNED = _amounts(), _signed()
+AMOUNTS, SIGNED = _amounts(_OPAQUE), _signed()
+# For what most patches have much of: else the photograph would be lost.
+DENSE = _amounts(0.65)
 
 
 class Scale(NamedTuple):
@@ -76,7 +78,7 @@ def linear(values: Float[np.ndarray, "..."], label: str) -> Scale:
         low: f"≤ {low:g}" if values.min() < low else f"{low:g}",
         top: f"≥ {top:g}" if values.max() > top else f"{top:g}",
     }
-    return Scale(Normalize(low, top, clip=True), AMOUNTS, label, ticks)
+    return Scale(Normalize(low, top, clip=True), DENSE, label, ticks)
 
 
 def signed(values: Float[np.ndarray, "..."], label: str) -> Scale:

@@ -1,7 +1,7 @@
 """CLS and registers, every head, and what the final tokens have in common."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
@@ -104,7 +104,7 @@ def heads(
     impact_heads: Float[Any, "L H P P"] | Float[Any, "L H P"],
     grid: geometry.Grid,
     *,
-    patch: int | None = None,
+    patch: SupportsIndex | None = None,
     unit: str = "effect",
     source: str = "",
     layer_names: Sequence[int] | None = None,
