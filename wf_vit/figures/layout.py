@@ -14,6 +14,7 @@ from wf_vit import grid as geometry
 from wf_vit.figures import scales
 
 _GAP, _TITLE, _LABEL, _EDGE = 0.04, 0.15, 0.13, 0.02
+_LETTER = 0.052  # Width of a letter of a label, on average and a little more.
 _LINE = 0.11  # Height of a line of the smallest type.
 _SMALL = 6  # Points: the smallest type that is readable in print.
 
@@ -45,6 +46,8 @@ def lay_out(
 ) -> tuple[Figure, list[np.ndarray], tuple[float, float, float, float]]:
     """Lays out blocks of photographs below each other, each as wide as the figure.
 
+    Labels of rows stand on end, but upright where a row is too low for that.
+
     Args:
       blocks: from the top down.
       grid: ``(GH, GW)``, the aspect of the photographs.
@@ -58,13 +61,18 @@ def lay_out(
       The figure, each block's panels [rows, columns], and the footer's rectangle, in
       shares of the figure.
     """
-    left = _LABEL if any(any(block.rows) for block in blocks) else _EDGE
+    labels = [label for block in blocks for label in block.rows if label]
+    left = _LABEL if labels else _EDGE
     heading = _lines(title, width * 17)
-    notes = [_lines(text, width * 23) for text in (note, source)]
-    sides = [
-        (width - left - _EDGE - _GAP * (len(b.columns) - 1)) / len(b.columns)
-        for b in blocks
-    ]
+    notes = [_lines(text, width * 22) for text in (note, source)]
+    sides = _sides(blocks, width - left - _EDGE)
+    lowest = min(sides) * grid[0] / grid[1]
+    upright = lowest < _LETTER * max(map(len, labels), default=0)
+    if upright:
+        broken = {label: textwrap.wrap(label, 8) for label in labels}
+        longest = max(len(line) for lines in broken.values() for line in lines)
+        left = _LETTER * longest + 0.06
+        sides = _sides(blocks, width - left - _EDGE)
     tall = [side * grid[0] / grid[1] for side in sides]
     tops, y = [], 0.16 * len(heading)
     for block, high in zip(blocks, tall, strict=True):
@@ -90,12 +98,15 @@ def lay_out(
         for panel, text in zip(panels[0], block.columns, strict=True):
             panel.set_title(text)
         for panel, text in zip(panels[:, 0], block.rows, strict=True):
-            panel.set_ylabel(text, labelpad=2)
+            if text and upright:
+                text, look = "\n".join(broken[text]), {"rotation": 0, "va": "center"}
+                panel.set_ylabel(text, labelpad=2, ha="right", **look)
+            else:
+                panel.set_ylabel(text, labelpad=2)
         all_panels.append(panels)
-    middle = (left + width - _EDGE) / (2 * width)
     if heading:
         figure.text(
-            middle, 1 - 0.02 / height, "\n".join(heading), ha="center", va="top",
+            0.5, 1 - 0.02 / height, "\n".join(heading), ha="center", va="top",
             fontsize=8,
         )  # fmt: skip
     for lines, color, y in zip(
@@ -103,11 +114,17 @@ def lay_out(
     ):
         if lines:
             figure.text(
-                middle, y / height, "\n".join(lines), ha="center", va="bottom",
+                0.5, y / height, "\n".join(lines), ha="center", va="bottom",
                 fontsize=_SMALL, color=color,
             )  # fmt: skip
     foot = (left / width, below / height)
     return figure, all_panels, (*foot, 1 - (left + _EDGE) / width, footer / height)
+
+
+def _sides(blocks, room):
+    """Returns the width of each block's panels."""
+    counts = [len(block.columns) for block in blocks]
+    return [(room - _GAP * (count - 1)) / count for count in counts]
 
 
 def _lines(text, most):

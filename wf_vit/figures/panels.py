@@ -94,7 +94,7 @@ def box(panel, position, extents, grid, look):
     panel.add_patch(Rectangle(low, *(high - low), fill=False, lw=0.9, **look))
 
 
-def arrows(panel, position, displacement, *, width=0.014):
+def arrows(panel, position, displacement, *, width=0.014, color="white"):
     """Draws arrows [A, 2] from positions [A, 2], both in patches."""
     panel.quiver(
         *position.T,
@@ -107,9 +107,10 @@ def arrows(panel, position, displacement, *, width=0.014):
         headlength=4,
         headaxislength=3.5,
         minlength=0,
-        color="white",
+        color=color,
         edgecolor="black",
         linewidth=0.3,
+        zorder=3,  # Above the mark of the patch that they start from.
     )
 
 

@@ -63,10 +63,7 @@ def responsive_fields(
     rows = [_place(patch, grid) for patch in patches]
     drawn = excess[np.ix_(layers, patches)]
     factor, _ = _arrow_factor(drawn, max(grid) / 6)
-    note = (
-        "Line: the field. Arrow: its tendency beyond geometry, "
-        f"{factor:.2g} times as long."
-    )
+    note = f"White: field. Arrow: tendency beyond geometry, {factor:.2g} times as long."
     with style():
         figure, (panels,), _ = layout.lay_out(
             [layout.Block(titles, rows)], grid, width, note=note, source=source
@@ -79,7 +76,9 @@ def responsive_fields(
                 draw.outline(panel, own, grid)
                 draw.mark(panel, position[patch])
                 arrow = factor * excess[layer, [patch]]
-                draw.arrows(panel, position[[patch]], arrow, width=0.022)
+                draw.arrows(
+                    panel, position[[patch]], arrow, width=0.025, color="#FFC400"
+                )
     return figure
 
 
@@ -95,7 +94,7 @@ def _arrow_factor(excess, length):
 
 def _place(patch, grid):
     row, column = divmod(patch, grid[1])
-    return f"patch {row}, {column}"
+    return f"patch {row},\N{NO-BREAK SPACE}{column}"
 
 
 def field_size(
