@@ -89,8 +89,10 @@ def drawn(panel):
     return picture.to_rgba(picture.get_array())
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (2, 12), (8, 3)])
 @pytest.mark.parametrize("name", FIGURES)
-def test_nothing_is_cut_or_too_small_to_read(name):
+def test_nothing_is_cut_or_too_small_to_read(name, grid, monkeypatch):
+    monkeypatch.setitem(globals(), "GRID", grid)
     figure = FIGURES[name](np.asarray, source=SOURCE)
     assert_fits_the_paper(figure)
     texts = [t for t in figure.findobj(Text) if t.get_text().strip()]

@@ -67,27 +67,32 @@ def lay_out(
     notes = [_lines(text, width * 22) for text in (note, source)]
     sides = _sides(blocks, width - left - _EDGE)
     lowest = min(sides) * grid[0] / grid[1]
+    least = 0.0  # From a row to the next, for labels not to touch.
     upright = lowest < _LETTER * max(map(len, labels), default=0)
     if upright:
         broken = {label: textwrap.wrap(label, 8) for label in labels}
         longest = max(len(line) for lines in broken.values() for line in lines)
-        left = _LETTER * longest + 0.06
+        left = _LETTER * longest + 0.09
+        least = 0.13 * max(map(len, broken.values()))
         sides = _sides(blocks, width - left - _EDGE)
     tall = [side * grid[0] / grid[1] for side in sides]
+    pitches = [max(high + _GAP, least) for high in tall]
     tops, y = [], 0.16 * len(heading)
-    for block, high in zip(blocks, tall, strict=True):
+    for block, pitch in zip(blocks, pitches, strict=True):
         y += _TITLE if any(block.columns) else _GAP
         tops.append(y)
-        y += len(block.rows) * (high + _GAP)
+        y += len(block.rows) * pitch
     below = _LINE * sum(map(len, notes)) + 0.04
     height = y + footer + below
     figure = Figure(figsize=(width, height))
     all_panels = []
-    for block, side, high, top in zip(blocks, sides, tall, tops, strict=True):
+    for block, side, high, top, pitch in zip(
+        blocks, sides, tall, tops, pitches, strict=True
+    ):
         panels = np.empty((len(block.rows), len(block.columns)), object)
         for row, column in np.ndindex(panels.shape):
             x = left + column * (side + _GAP)
-            bottom = height - top - (row + 1) * high - row * _GAP
+            bottom = height - top - high - row * pitch
             panel = figure.add_axes(
                 (x / width, bottom / height, side / width, high / height)
             )
