@@ -6,14 +6,15 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
-from matplotlib.patches import Ellipse, Rectangle
+from matplotlib.patches import Rectangle
 
 from tests.paper import assert_fits_the_paper
 from wf_vit import figures
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
-from wf_vit.fields import Field, responsive_field
+from wf_vit.fields import responsive_field
 from wf_vit.models.windowfree import make_fields
 
 GRID = (4, 6)
@@ -24,8 +25,7 @@ RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 255, (32, 48, 3), dtype=np.uint8)
 IMPACT = RNG.gamma(0.5, size=(LAYERS, PATCHES, PATCHES)).astype(np.float32)
 EXTENTS = RNG.gamma(2.0, size=(LAYERS, 2, HEADS, PATCHES, 4)).astype(np.float32)
-FIELD = responsive_field(jnp.asarray(IMPACT), GRID)
-HEADS_BOX = RNG.gamma(2.0, size=(LAYERS, HEADS, PATCHES, 4)).astype(np.float32)
+HEADS_FIELD = responsive_field(jnp.asarray(np.stack([IMPACT] * HEADS, 1)), GRID)
 
 
 def rows(offset=0.0):
@@ -43,20 +43,16 @@ FIGURES = {
     "training_curves": lambda: figures.training_curves(
         {"ViT": rows(), "WinfT": rows()}
     ),
-    "interactions": lambda: figures.interactions(IMAGE, IMPACT, GRID),
-    "responsive_fields": lambda: figures.responsive_fields(IMAGE, FIELD, GRID),
-    "tendency": lambda: figures.tendency(IMAGE, np.asarray(FIELD.displacement), GRID),
     "depth_profile": lambda: figures.depth_profile(
         IMPACT[:, 0, :12],
         "mean attention\ndistance (patches)",
         spread=IMPACT[:, 1, :12],
     ),
-    "indiscriminative": lambda: figures.indiscriminative(IMAGE, IMPACT[:, 0], GRID),
     "learned_fields": lambda: figures.learned_fields(
-        np.stack([IMAGE, IMAGE]), MANY_HEADS, GRID
+        np.stack([IMAGE, IMAGE]), MANY_HEADS, GRID, source="WinfT"
     ),
     "learned_beside_measured": lambda: figures.learned_beside_measured(
-        IMAGE, EXTENTS[:, 0], HEADS_BOX, GRID
+        IMAGE, EXTENTS[:, 0], HEADS_FIELD, GRID, source="WinfT · mean attention"
     ),
 }
 
@@ -66,7 +62,7 @@ def test_nothing_is_cut_or_too_small_to_read(name):
     assert_fits_the_paper(FIGURES[name]())
 
 
-@pytest.mark.parametrize("name", ["tendency", "learned_fields"])
+@pytest.mark.parametrize("name", ["depth_profile", "learned_fields"])
 def test_pdf_text_is_text(name):
     file = io.BytesIO()
     with figures.style():
@@ -113,63 +109,6 @@ def test_training_curves_of_one_run_need_no_label():
 def test_training_curves_without_metrics_say_so():
     with pytest.raises(UsageError, match="learning_rate"):
         figures.training_curves([{"step": 1, "learning_rate": 0.1}])
-
-
-def heat(panel):
-    return np.asarray(panel.images[-1].get_array())
-
-
-def test_interactions_are_row_and_column_in_units_of_an_even_row():
-    patch = 9
-    figure = figures.interactions(IMAGE, IMPACT, GRID, patch=patch)
-    share = IMPACT / IMPACT.sum(-1, keepdims=True) * PATCHES
-    listens, heard = figure.axes[:LAYERS], figure.axes[LAYERS : 2 * LAYERS]
-    for layer in range(LAYERS):
-        np.testing.assert_allclose(
-            heat(listens[layer]), share[layer, patch].reshape(GRID), rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            heat(heard[layer]), share[layer, :, patch].reshape(GRID), rtol=1e-5
-        )
-
-
-def test_fields_are_boxes_and_ellipses_where_they_belong():
-    patch = 2 * GRID[1] + 3  # Row 2, column 3.
-    box = np.zeros((1, PATCHES, 4), np.float32)
-    box[0, patch] = (2, 1, 0.5, 9)
-    covariance = np.zeros((1, PATCHES, 2, 2), np.float32)
-    covariance[0, patch] = ((4, 0), (0, 1))
-    displacement = np.full((1, PATCHES, 2), (1, -1), np.float32)
-    field = Field(box, box[..., 0], displacement, covariance, box[..., 0] > 0)
-    figure = figures.responsive_fields(IMAGE, field, GRID, patches=[patch])
-    boxes, ellipses = figure.axes
-    (drawn,) = (p for p in boxes.patches if isinstance(p, Rectangle))
-    # Cut at the lower rim of the photograph, 3.5.
-    np.testing.assert_allclose(
-        (*drawn.get_xy(), drawn.get_width(), drawn.get_height()), (1, 1, 2.5, 2.5)
-    )
-    (ellipse,) = (p for p in ellipses.patches if isinstance(p, Ellipse))
-    np.testing.assert_allclose(ellipse.center, (4, 1))
-    np.testing.assert_allclose((ellipse.width, ellipse.height), (8, 4))
-    assert ellipse.angle % 180 == pytest.approx(0)
-
-
-def test_tendency_arrows_point_to_the_centroid():
-    displacement = np.zeros((1, PATCHES, 2), np.float32)
-    displacement[..., 1] = 3.0  # Downwards on the photograph.
-    figure = figures.tendency(IMAGE, displacement, GRID)
-    arrows, flow, _ = figure.axes
-    (quiver,) = arrows.collections
-    assert len(quiver.U) == PATCHES
-    np.testing.assert_allclose(quiver.U, 0)
-    assert (quiver.V > 0).all()
-    low, high = arrows.get_ylim()
-    assert low > high, "y runs downwards, so a positive V is drawn downwards"
-    np.testing.assert_allclose(
-        np.asarray(flow.images[0].get_array()),
-        np.broadcast_to(figures.flow_colors(np.array([0.0, 1.0])), (*GRID, 3)),
-        atol=1e-6,
-    )
 
 
 def test_flow_colors_are_gray_at_rest_and_stronger_with_length():
@@ -219,13 +158,6 @@ def test_depth_profile_keeps_heads_at_their_layer():
         np.testing.assert_allclose(np.round(drawn[:, 0]), [0, 1, 2])
 
 
-def test_indiscriminative_marks_the_lowest():
-    values = np.arange(1, PATCHES + 1, dtype=np.float32)[None]
-    figure = figures.indiscriminative(IMAGE, values, GRID, share=0.25)
-    (crosses,) = figure.axes[0].lines
-    np.testing.assert_allclose(crosses.get_xydata(), geometry.coordinates(GRID)[:6])
-
-
 def test_learned_areas_are_those_of_the_model():
     np.testing.assert_allclose(
         figures.learned_areas(EXTENTS[0], GRID, 0.5),
@@ -250,43 +182,61 @@ def test_learned_fields_draw_each_head_of_the_given_patch():
         assert len({to_hex(b.get_edgecolor()) for b in boxes}) == HEADS
 
 
-def test_learned_beside_measured_puts_each_in_its_row():
+def test_the_patch_shown_has_fields_of_unlike_size():
+    extents = np.ones((LAYERS, 1, HEADS, PATCHES, 4), np.float32)
+    patch = GRID[1] + 2
+    extents[:, :, :, patch] = 2
+    # As wide as any, but to one side alone, as at a border.
+    extents[:, :, :, GRID[1] + 3] = [2, 1, 0, 1]
+    figure = figures.learned_fields(IMAGE[None], extents, GRID)
+    for panel in figure.axes[:LAYERS]:
+        (mark,) = (line.get_xydata() for line in panel.lines)
+        np.testing.assert_allclose(mark, [(2, 1)])
+
+
+def test_learned_beside_measured_has_boxes_above_and_masks_below():
+    patch = 8
+    mask = np.zeros((LAYERS, HEADS, PATCHES, PATCHES), bool)
+    mask[:, :, patch, patch] = True
+    mask[:, 0, patch, patch + 1] = True  # Half of the heads are enough for the line.
+    field = HEADS_FIELD._replace(mask=mask)
     figure = figures.learned_beside_measured(
-        IMAGE, np.full_like(HEADS_BOX, 0.5), np.full_like(HEADS_BOX, 1.0), GRID, patch=8
+        IMAGE, np.full_like(EXTENTS[:, 0], 0.5), field, GRID, patch=patch
     )
-    widths = [
-        [p.get_width() for p in panel.patches if isinstance(p, Rectangle)]
-        for panel in figure.axes
-    ]
-    assert widths == [[1.0] * HEADS] * LAYERS + [[2.0] * HEADS] * LAYERS
-
-
-def test_telling_patches_have_ink_and_keep_apart():
-    image = np.full((40, 60, 3), 255, np.uint8)
-    image[12:18, 22:28] = 0  # Row 1, column 2.
-    image[32:38, 52:58] = 60  # Row 3, column 5, on the rim.
-    first, second = figures.telling_patches(image, GRID, 2)
-    assert (first, second) == (GRID[1] + 2, 3 * GRID[1] + 5)
+    x, y = geometry.coordinates(GRID)[patch]
+    for above, below in zip(
+        figure.axes[:LAYERS], figure.axes[LAYERS : 2 * LAYERS], strict=True
+    ):
+        boxes = [p for p in above.patches if isinstance(p, Rectangle)]
+        assert [b.get_width() for b in boxes] == [1.0] * HEADS
+        assert not below.patches
+        (line,) = (c for c in below.collections if isinstance(c, LineCollection))
+        ends = np.concatenate(line.get_segments())
+        np.testing.assert_allclose(ends.min(0), (x - 0.5, y - 0.5))
+        np.testing.assert_allclose(ends.max(0), (x + 1.5, y + 0.5))
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.interactions(IMAGE, IMPACT, (5, 5)),
-        lambda: figures.responsive_fields(IMAGE, FIELD, (5, 5)),
-        lambda: figures.tendency(IMAGE, np.asarray(FIELD.displacement), (5, 5)),
-        lambda: figures.indiscriminative(IMAGE, IMPACT[:, 0], (5, 5)),
         lambda: figures.learned_fields(np.stack([IMAGE] * 2), EXTENTS, (5, 5)),
         lambda: figures.learned_beside_measured(
-            IMAGE, EXTENTS[:, 0], HEADS_BOX, (5, 5)
+            IMAGE, EXTENTS[:, 0], HEADS_FIELD, (5, 5)
         ),
     ],
 )
 def test_a_wrong_grid_is_an_error(draw):
-    with pytest.raises(UsageError, match=r"grid \(5, 5\) has 25 patches.*24"):
+    with pytest.raises(UsageError, match=r"24.*grid \(5, 5\) has 25 patches"):
         draw()
 
 
-def test_images_and_extents_must_belong_together():
+def test_learned_and_measured_fields_must_belong_together(no_type_checks):
+    with pytest.raises(UsageError, match=r"\(3, 2, 24, 24\).*= \[2, 2, 24, 24\]"):
+        figures.learned_beside_measured(IMAGE, EXTENTS[:2, 0], HEADS_FIELD, GRID)
+
+
+def test_images_extents_and_patches_must_belong_together():
     with pytest.raises(UsageError, match="1 images"):
         figures.learned_fields(IMAGE[None], EXTENTS, GRID)
+    with pytest.raises(UsageError, match="1 patches were given for 2 images"):
+        figures.learned_fields(np.stack([IMAGE] * 2), EXTENTS, GRID, patches=[3])
