@@ -188,7 +188,7 @@ def test_results_of_other_settings_are_not_mixed(photographs, tmp_path, windowfr
         ({"indicators": ("rollout",), "layers": (1,)}, "needs all layers"),
         ({"layers": (2,)}, "layers 0 to 1"),
         ({"target": "logit"}, "tokens, cls, pooled"),
-        ({"target": "class"}, "no classification head"),
+        ({"target": "class:9"}, "no class '9'"),
         ({"fit": "pad"}, "choose one of whole"),
         ({"mass": 1.5}, r"mass is 1\.5"),
         ({"patch": 24}, "expected 0 to 23"),

@@ -116,7 +116,7 @@ def tensor_like(array):
     """What stands in for a tensor of PyTorch, which is not always there."""
 
     class Tensor:
-        shape = array.shape
+        shape, dtype = array.shape, array.dtype
 
         def detach(self):
             return self

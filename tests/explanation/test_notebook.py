@@ -99,7 +99,12 @@ def test_attention_alone_is_explained():
         (VIT, "nowhere.png", {}, "no image at nowhere"),
         (VIT, [], {}, "empty list"),
         (VIT, noise(8, 8), {"grid": (2, 2)}, "go with attention only"),
-        (VIT, noise(8, 8), {"image_size": 17}, "do not divide an image height of 17"),
+        (
+            VIT,
+            noise(8, 8),
+            {"image_size": (17, 16)},
+            "do not divide an image height of 17",
+        ),
         (VIT, noise(8, 8), {"target": "cat"}, "The target is 'cat'"),
         (VIT, noise(8, 8), {"indicators": ("means",)}, "name some of mean"),
         (random_attention(2), noise(8, 8), {}, "num_prefix_tokens is missing"),

@@ -77,7 +77,10 @@ def image_drawings(
             source=model,
         )
         drawings["class_interactions"] = of(
-            figures.interactions, e.of_patches(c.effect), patch=first
+            figures.interactions,
+            e.of_patches(c.effect),
+            patch=first,
+            unit="added to the logit",
         )
     if e.learned is not None:
         drawings["learned"] = of(

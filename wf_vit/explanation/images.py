@@ -189,7 +189,7 @@ def as_photograph(image: Any) -> Photograph:
             return _as_rgb(ImageOps.exif_transpose(image))
         except ValueError as error:
             raise UsageError(f"The image cannot be shown: {error}.") from error
-    return _array_as_rgb(as_array(image, "image"))
+    return _array_as_rgb(np.asarray(as_array(image, "image")))
 
 
 def _array_as_rgb(image: np.ndarray) -> Photograph:

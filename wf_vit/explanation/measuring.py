@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from wf_vit import fields, figures, measure
 from wf_vit import indicators as matrices
+from wf_vit.arrays import takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.explanation.explanation import ClassEffect, Explanation, Learned
 from wf_vit.grid import Grid, infer_grid
@@ -144,6 +145,9 @@ def explain_batch(
     for b, photograph in enumerate(photographs):
         arrays = jax.tree.map(lambda x, b=b: x[:, b], stacked)
         extents, signed = arrays.pop("extents"), arrays.pop("effect")
+        for part in ("impact", "impact_heads"):  # JAX sorted them by name.
+            named = arrays[part]
+            arrays[part] = {n: named[n] for n in settings.indicators if n in named}
         explanations.append(
             Explanation(
                 photograph=photograph,
@@ -162,6 +166,7 @@ def explain_batch(
     return explanations
 
 
+@takes_arrays("attention")
 def explain_attention(
     attention: Float[Array, "L H N N"],
     photograph: UInt8[np.ndarray, "height width 3"],
@@ -173,7 +178,8 @@ def explain_attention(
     """Explains one photograph by attention from anywhere, without its model.
 
     Args:
-      attention: weights after the softmax of all layers.
+      attention: weights after the softmax of all layers, from anywhere
+        (`wf_vit.arrays`).
       photograph: what the model saw.
       num_prefix_tokens: tokens before the patches.
       grid: ``(GH, GW)``; needed unless square.

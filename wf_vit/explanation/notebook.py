@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import functools
 import html
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from wf_vit import figures
 from wf_vit.arrays import as_array, is_module
 from wf_vit.errors import UsageError
 from wf_vit.explanation import draw, images
@@ -164,13 +162,13 @@ class Explained(Explanation):
         shown = [name for name in _SHOWN if name in self.figures]
         pictures = "".join(
             f'<img alt="{name}" style="max-width:100%" src="data:image/png;base64,'
-            f'{base64.b64encode(_png(self.figures[name])).decode()}">'
+            f'{base64.b64encode(self.figures[name]._repr_png_()).decode()}">'
             for name in shown
         )
         return f"<div>{pictures}<p>{html.escape(repr(self))}</p></div>"
 
     def _repr_png_(self) -> bytes:
-        return _png(self.figures[next(n for n in _SHOWN if n in self.figures)])
+        return next(self.figures[n] for n in _SHOWN if n in self.figures)._repr_png_()
 
 
 class Page(str):
@@ -211,13 +209,6 @@ class _Figures(Mapping[str, Figure]):
 
     def __repr__(self) -> str:
         return f"Figures({', '.join(self)})"
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    with figures.style():
-        figure.savefig(file, format="png")
-    return file.getvalue()
 
 
 def _is_attention(model: Any) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from wf_vit import grid as geometry
+from wf_vit.arrays import as_array
 from wf_vit.errors import UsageError
 
 # Layers at most that are shown beside each other, unless a figure says otherwise.
@@ -95,7 +96,7 @@ def shaped(
 
     Args:
       name: of the argument, for the error.
-      values: a NumPy or JAX array.
+      values: an array from anywhere (`wf_vit.arrays`).
       axes: one letter or number for each, where P is the number of patches.
       grid: ``(GH, GW)``.
       **sizes: what other letters must be, if it is known.
@@ -103,7 +104,7 @@ def shaped(
     Raises:
       UsageError: another shape, or values that are NaN or infinite.
     """
-    array = np.asarray(values)
+    array = np.asarray(as_array(values, name))
     letters = axes.split()
     known: Mapping[str, int] = {"P": grid[0] * grid[1], **sizes}
     wanted = [int(a) if a.isdigit() else known.get(a) for a in letters]

@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wf_vit.errors import UsageError
-from wf_vit.figures.style import COLORS, COLUMN, DASHES, looks, style
+from wf_vit.figures.style import (
+    COLORS,
+    COLUMN,
+    DASHES,
+    ShownFigure,
+    looks,
+    style,
+)
 
 Row = Mapping[str, Any]
 
@@ -49,7 +56,7 @@ def training_curves(
     splits = sorted({*losses, *accuracies}, key=lambda split: (split != "train", split))
     dashes = dict(zip(splits, itertools.cycle(DASHES), strict=False))
     with style():
-        figure = Figure(figsize=(width, 0.45 * width), layout="constrained")
+        figure = ShownFigure(figsize=(width, 0.45 * width), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
         for color, (label, rows) in zip(
             itertools.cycle(COLORS), runs.items(), strict=False
@@ -110,7 +117,7 @@ def depth_profile(
     layers = np.arange(num_layers) if layer_names is None else np.array(layer_names)
     offset = np.linspace(-0.25, 0.25, num_heads) if num_heads > 1 else np.zeros(1)
     with style():
-        figure = Figure(figsize=(width, 0.55 * width), layout="constrained")
+        figure = ShownFigure(figsize=(width, 0.55 * width), layout="constrained")
         panel = figure.subplots()
         panel.plot(layers, values.mean(1), color="0.3", zorder=1)
         for head, look in zip(range(num_heads), looks(), strict=False):

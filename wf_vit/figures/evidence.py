@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wf_vit.errors import UsageError
-from wf_vit.figures.style import COLUMN, looks, style
+from wf_vit.figures.style import COLUMN, ShownFigure, looks, style
 
 
 class Curve(NamedTuple):
@@ -66,7 +66,7 @@ def evidence(
     # Inches: the legend has a row for every two rules.
     height = 0.42 * width * rows + 0.15 + 0.13 * math.ceil(len(rules) / 2)
     with style():
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = ShownFigure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for panel, (title, curves) in zip(axes.flat, panels.items(), strict=False):
             panel.set_title(title)

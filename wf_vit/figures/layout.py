@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from wf_vit import grid as geometry
 from wf_vit.figures import scales
+from wf_vit.figures.style import ShownFigure
 
 _GAP, _TITLE, _LABEL, _EDGE = 0.04, 0.15, 0.13, 0.02
 _LETTER = 0.052  # Width of a letter of a label, on average and a little more.
@@ -84,7 +85,7 @@ def lay_out(
         y += len(block.rows) * pitch
     below = _LINE * sum(map(len, notes)) + 0.04
     height = y + footer + below
-    figure = Figure(figsize=(width, height))
+    figure = ShownFigure(figsize=(width, height))
     all_panels = []
     for block, side, high, top, pitch in zip(
         blocks, sides, tall, tops, pitches, strict=True

@@ -8,6 +8,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
+from wf_vit.arrays import as_array
 from wf_vit.errors import UsageError
 from wf_vit.figures import scales
 
@@ -16,7 +17,7 @@ Photograph = UInt8[Any, "height width 3"]
 
 def check_photograph(image: Any) -> UInt8[np.ndarray, "height width 3"]:
     """Returns a photograph as a NumPy array; UsageError if it is none."""
-    array = np.asarray(image)
+    array = np.asarray(as_array(image, "image"))
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise UsageError(
             f"The image has the shape {array.shape} and the type {array.dtype}, "

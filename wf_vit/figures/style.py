@@ -1,5 +1,6 @@
 """One look for all figures: sizes, colours, and colours for directions."""
 
+import io
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -7,6 +8,7 @@ from contextlib import AbstractContextManager
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 # Widths of a column and of a page of text, in inches.
 COLUMN, PAGE = 3.3, 6.9
@@ -43,6 +45,16 @@ _STYLE = {
     "ytick.major.size": 2,
     "ytick.major.width": 0.5,
 }
+
+
+class ShownFigure(Figure):
+    """A figure that shows itself in a notebook, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        with style():
+            self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def style() -> AbstractContextManager:

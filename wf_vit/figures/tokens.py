@@ -8,6 +8,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from wf_vit import grid as geometry
+from wf_vit.arrays import as_array
 from wf_vit.errors import UsageError
 from wf_vit.figures import choice, layout, scales
 from wf_vit.figures import panels as draw
@@ -225,7 +226,7 @@ def components_of(tokens: Float[Any, "P D"]) -> Float[np.ndarray, "P 3"]:
     Raises:
       UsageError: not two axes, no tokens, or NaN.
     """
-    tokens = np.asarray(tokens, np.float32)
+    tokens = np.asarray(as_array(tokens, "tokens"), np.float32)
     if tokens.ndim != 2 or not tokens.size or not np.isfinite(tokens).all():
         raise UsageError(
             f"tokens have the shape {tokens.shape}, expected [P, D] of finite numbers: "
