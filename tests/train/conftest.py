@@ -19,6 +19,7 @@ def digits_config():
     config.eval_batch_size = 100
     config.label_smoothing = 0.1
     config.ema_decay = 0.9
+    config.pictures = False  # They take longer than the steps.
     config.optimizer.learning_rate = 1e-2
     config.guidance.weight = 0.5
     config.guidance.indicator = "random"

@@ -4,9 +4,10 @@
     Path("page.html").write_text(html, encoding="utf-8")
 
 The page needs no network and no server. Hover, tap or move by keyboard over the
-patches; it shows what each listens to and who listens to it, its field and its arrow.
+patches; it shows what each listens to and who listens to it, its field and its tendency,
+in every layer and head; CLS and registers; and what speaks for a class.
 """
 
-from wf_vit.page.build import Indicator, explorer
+from wf_vit.page.build import ClassEffect, Indicator, explorer
 
-__all__ = ["Indicator", "explorer"]
+__all__ = ["ClassEffect", "Indicator", "explorer"]

@@ -12,13 +12,14 @@ from importlib import resources
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Float, Int16, UInt8, UInt16
+from matplotlib.colors import Colormap
 from PIL import Image
 
 from wf_vit import fields
 from wf_vit.errors import UsageError
+from wf_vit.figures.scales import AMOUNTS, SIGNED
 from wf_vit.grid import Grid
 from wf_vit.page import coding
 
@@ -35,8 +36,11 @@ _PRECISIONS = (
     (127, 31),
     (63, 31),
     (31, 15),
+    (15, 7),
 )
-_FUSED_ONLY = (255, 127, 63, 31)
+_FUSED_ONLY = (255, 127, 63, 31, 15, 7)
+# A signed effect keeps a bit for its sign.
+_SIGNED_LEVELS = 127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +48,37 @@ class Indicator:
     """One indicator's interactions in one image.
 
     Attributes:
-      fused: impact of patch j (column) on patch i (row), non-negative.
+      fused: impact of token j (column) on token i (row), non-negative; the prefix
+        tokens come first.
       heads: the same for every head, or None.
-      fused_field: the responsive fields of ``fused`` with the page's ``mass``, where
-        they have been measured; None: they are measured here.
+      fused_field: the responsive fields of the patches in ``fused`` with the page's
+        ``mass``, where they have been measured; None: they are measured here.
       heads_field: the same of ``heads``.
     """
 
-    fused: Float[np.ndarray, "L P P"]
-    heads: Float[np.ndarray, "L H P P"] | None = None
+    fused: Float[np.ndarray, "L N N"]
+    heads: Float[np.ndarray, "L H N N"] | None = None
     fused_field: fields.Field | None = None
     heads_field: fields.Field | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassEffect:
+    """What the interactions in one image add to the logit of a class.
+
+    Attributes:
+      effect: of interaction i<-j, signed; the prefix tokens come first.
+      class_map: what each patch adds in all.
+      by_layer: the same in each layer.
+      name: of the class.
+      probability: that the model gives it.
+    """
+
+    effect: Float[np.ndarray, "L N N"]
+    class_map: Float[np.ndarray, " P"]
+    by_layer: Float[np.ndarray, "L P"]
+    name: str
+    probability: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +103,14 @@ def explorer(
     indicators: Mapping[str, Indicator],
     grid: Grid,
     *,
+    prefix: Sequence[str] = (),
+    class_effect: ClassEffect | None = None,
     extents: Float[np.ndarray, "L H P 4"] | None = None,
     layers: Sequence[int] | None = None,
     mass: float = 0.9,
     title: str = "Patch interactions",
     model: str = "",
-    max_bytes: int = 5_000_000,
+    max_bytes: int = 25_000_000,
 ) -> str:
     """Builds the page.
 
@@ -97,6 +123,8 @@ def explorer(
       image: the image that the model saw.
       indicators: by name, in the order of the page's menu; all of the same layers.
       grid: ``(GH, GW)``.
+      prefix: names of the prefix tokens, which come first in all interactions.
+      class_effect: of a class, to be chosen from the menu, too.
       extents: a window-free transformer's learned extents to the left, top, right and
         bottom of every patch, in patches.
       layers: names of the layers, by default 0 to L - 1.
@@ -112,9 +140,9 @@ def explorer(
       UsageError: the arrays do not fit each other or the grid, hold negative or
         non-finite numbers, or not even one layer fits into ``max_bytes``.
     """
-    num_layers = _check(indicators, grid, extents)
-    names = range(num_layers) if layers is None else layers
-    stacks = _stacks(indicators, grid, mass)
+    num_layers = _check(indicators, class_effect, grid, prefix, extents)
+    names = list(range(num_layers) if layers is None else layers)
+    stacks = _stacks(indicators, grid, mass, len(prefix))
     picture = _data_uri(image)
     for plan in _plans(num_layers, sum(stack.kind == "heads" for stack in stacks)):
         stored = _stored(stacks, plan)
@@ -129,13 +157,17 @@ def explorer(
             "title": title,
             "model": model,
             "grid": grid,
+            "prefix": list(prefix),
             "mass": mass,
             "layers": [names[index] for index in plan.kept],
-            "allLayers": num_layers,
+            "allLayers": names,
             "lengthSteps": _LENGTH_STEPS,
-            "colors": _color_table(),
+            "colors": {"amounts": _table(AMOUNTS), "signed": _table(SIGNED)},
             "indicators": notes,
         }
+        if class_effect is not None:
+            payload |= _class_payload(class_effect, plan, len(prefix))
+            notes.append(_class_note(class_effect, len(prefix)))
         if extents is not None:
             meta["learnedHeads"] = extents.shape[1]
             # Beyond the grid's far side a longer extent changes nothing.
@@ -151,29 +183,38 @@ def explorer(
     )
 
 
-def _check(indicators, grid, extents) -> int:
+def _check(indicators, class_effect, grid, prefix, extents) -> int:
     """Returns the number of layers that all arrays agree on."""
     if not indicators:
         raise UsageError("No indicator was given: pass at least one to show.")
     patches = grid[0] * grid[1]
+    tokens = patches + len(prefix)
     num_layers = len(next(iter(indicators.values())).fused)
+
+    def check(name: str, matrices: np.ndarray) -> None:
+        if (len(matrices), *matrices.shape[-2:]) != (num_layers, tokens, tokens):
+            raise UsageError(
+                f"{name} has the shape {matrices.shape}, expected {num_layers} layers, "
+                f"{len(prefix)} prefix tokens and grid {tuple(grid)} = {patches} "
+                "patches: name the prefix tokens, or drop them, or correct the grid."
+            )
+        if not np.isfinite(matrices).all():
+            raise UsageError(f"{name} is NaN or infinite somewhere: expected numbers.")
+
     for name, indicator in indicators.items():
         for kind in ("fused", "heads"):
             impact = getattr(indicator, kind)
             if impact is None:
                 continue
-            expected = (num_layers, patches, patches)
-            if (impact.shape[0], *impact.shape[-2:]) != expected:
+            check(f"{kind} impact of {name!r}", impact)
+            if impact.min() < 0:
                 raise UsageError(
-                    f"{kind} interactions of {name!r} have the shape {impact.shape}, "
-                    f"expected {num_layers} layers and grid {tuple(grid)} = {patches} "
-                    "patches: drop prefix tokens, or correct the grid."
+                    f"{kind} impact of {name!r} is negative somewhere, expected "
+                    "magnitudes: pass their absolute value, or signed effects on a "
+                    "class as class_effect."
                 )
-            if not np.isfinite(impact).all() or impact.min() < 0:
-                raise UsageError(
-                    f"{kind} interactions of {name!r} hold negative or non-finite "
-                    "numbers, expected magnitudes: pass their absolute value."
-                )
+    if class_effect is not None:
+        check("The effect on a class", class_effect.effect)
     if extents is not None and (extents.shape[0], extents.shape[2]) != (
         num_layers,
         patches,
@@ -187,45 +228,66 @@ def _check(indicators, grid, extents) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stack:
-    """The shares of one indicator, fused or per head, and the fields in them."""
+    """The shares of one indicator, fused or per head, and the fields in them.
+
+    Attributes:
+      indicator: its place in the menu.
+      kind: "fused" or "heads".
+      share: of all patches in what a token takes from patches; first the rows of the
+        patches, then those of the prefix tokens.
+      given: share of all that a token takes from the prefix tokens, in 65535ths.
+      field: arrow of the excess, and area in patches.
+    """
 
     indicator: int
     kind: str
-    share: Float[np.ndarray, "L *heads P P"]
-    field: Int16[np.ndarray, "7 L *heads P"]
+    share: Float[np.ndarray, "L *heads N P"]
+    given: UInt16[np.ndarray, "L *heads N T"]
+    field: Int16[np.ndarray, "3 L *heads P"]
 
     def levels(self, plan: _Plan) -> int:
         return plan.fused_levels if self.kind == "fused" else plan.heads_levels
 
 
-def _stacks(indicators: Mapping[str, Indicator], grid: Grid, mass: float):
+def _stacks(
+    indicators: Mapping[str, Indicator], grid: Grid, mass: float, num_prefix: int
+) -> list[_Stack]:
     stacks = []
     for index, indicator in enumerate(indicators.values()):
         for kind in ("fused", "heads"):
             impact = getattr(indicator, kind)
-            if impact is not None:
-                share = coding.row_shares(impact)
-                field = getattr(indicator, f"{kind}_field")
-                if field is None:
-                    field = _fields(share, grid, mass)
-                stacks.append(_Stack(index, kind, share, _coded(field)))
+            if impact is None:
+                continue
+            rows = _patches_first(impact, num_prefix)
+            share = coding.row_shares(rows[..., num_prefix:])
+            field = getattr(indicator, f"{kind}_field")
+            if field is None:
+                patches = impact[..., num_prefix:, num_prefix:]
+                field = _fields(patches, grid, mass)
+            given = coding.row_shares(rows)[..., :num_prefix] if num_prefix else None
+            given = np.zeros((*rows.shape[:-1], 0)) if given is None else given
+            given = np.rint(65535 * given).astype(np.uint16)
+            stacks.append(_Stack(index, kind, share, given, _coded(field)))
     return stacks
 
 
-def _fields(share, grid: Grid, mass: float) -> fields.Field:
+def _patches_first(matrices: np.ndarray, num_prefix: int) -> np.ndarray:
+    """Returns matrices with the rows of the prefix tokens after those of patches."""
+    return np.roll(matrices, -num_prefix, axis=-2) if num_prefix else matrices
+
+
+def _fields(impact: np.ndarray, grid: Grid, mass: float) -> fields.Field:
     """Returns the responsive fields, measured layer by layer to bound the memory."""
     layers = [
-        fields.responsive_field(jnp.asarray(layer), grid, mass=mass) for layer in share
+        fields.responsive_field(jnp.asarray(layer), grid, mass=mass) for layer in impact
     ]
     return jax.tree.map(lambda *parts: np.stack(parts), *layers)
 
 
-def _coded(field: fields.Field) -> Int16[np.ndarray, "7 L *heads P"]:
-    """Returns extents, arrow, and area in patches."""
-    lengths = np.concatenate([field.extents, field.displacement], -1)
-    lengths = coding.fixed_point(np.moveaxis(lengths, -1, 0), _LENGTH_STEPS)
+def _coded(field: fields.Field) -> Int16[np.ndarray, "3 L *heads P"]:
+    arrow = coding.fixed_point(np.moveaxis(field.excess, -1, 0), _LENGTH_STEPS)
     area = np.asarray(field.area)[None] * field.area.shape[-1]
-    return np.concatenate([lengths, coding.fixed_point(area, 1)])
+    return np.concatenate([arrow, coding.fixed_point(area, 1)])
 
 
 def _plans(num_layers: int, with_heads: int) -> Iterator[_Plan]:
@@ -250,11 +312,11 @@ def _estimate(stacks: Sequence[_Stack], plan: _Plan) -> float:
     """Returns about how many bytes a plan takes, from a band of rows."""
     total = 0.0
     for stack in stacks:
-        patches = stack.share.shape[-1]
-        band = slice(patches // 2, patches // 2 + max(patches // 8, 1))
+        rows = stack.share.shape[-2]
+        band = slice(rows // 2, rows // 2 + max(rows // 12, 1))
         sample = stack.share[..., band, :][list(plan.kept)]
         packed = coding.pack(coding.encode(sample, stack.levels(plan)).codes)
-        total += len(packed) * patches / sample.shape[-2]
+        total += len(packed) * rows / sample.shape[-2]
     return total
 
 
@@ -268,7 +330,7 @@ def _payload(
         exact = stack.share[kept]
         coded = coding.encode(exact, stack.levels(plan))
         parts = {"codes": coded.codes, "scales": coded.scales}
-        parts["field"] = stack.field[:, kept]
+        parts |= {"given": stack.given[kept], "field": stack.field[:, kept]}
         for part, array in parts.items():
             name = f"{stack.indicator}-{stack.kind}-{part}"
             payload[name] = coding.pack(array)
@@ -285,6 +347,44 @@ def _payload(
     return payload, notes
 
 
+def _class_payload(of: ClassEffect, plan: _Plan, num_prefix: int) -> dict[str, str]:
+    """Returns the packed arrays of signed effects: sizes, with a bit for the sign."""
+    effect = _patches_first(of.effect[list(plan.kept)], num_prefix)[..., num_prefix:]
+    size = np.abs(effect)
+    largest = max(float(np.abs(of.effect).max()), 1e-30)
+    coded = coding.encode(size / largest, _SIGNED_LEVELS)
+    codes = coded.codes | np.where(effect < 0, 128, 0).astype(np.uint8)
+    maps = np.concatenate([of.by_layer[list(plan.kept)], of.class_map[None]])
+    steps = np.rint(32767 * maps / max(float(np.abs(maps).max()), 1e-30))
+    return {
+        "class-codes": coding.pack(codes),
+        "class-scales": coding.pack(coded.scales),
+        "class-maps": coding.pack(steps.astype(np.int16)),
+    }
+
+
+def _class_note(of: ClassEffect, num_prefix: int) -> dict:
+    """Returns what the page says of a class, as the last entry of its menu."""
+    patches = of.effect[..., num_prefix:, num_prefix:]
+
+    def top(values: np.ndarray) -> float:
+        return float(f"{np.quantile(np.abs(values), 0.99) or 1.0:.1g}")
+
+    maps = np.abs(np.concatenate([of.by_layer, of.class_map[None]]))
+    return {
+        "name": f"effect on {of.name} ({of.probability:.0%})",
+        "className": of.name,
+        "probability": of.probability,
+        "stacks": {},
+        "levels": _SIGNED_LEVELS,
+        "largest": float(np.abs(of.effect).max()),
+        "top": top(patches),
+        "mapTop": top(of.class_map),
+        "layerTop": top(of.by_layer),
+        "mapLargest": float(maps.max()),
+    }
+
+
 def _data_uri(image: UInt8[np.ndarray, "height width 3"]) -> str:
     """Returns the image as PNG or JPEG, whichever is smaller."""
     files = []
@@ -296,8 +396,9 @@ def _data_uri(image: UInt8[np.ndarray, "height width 3"]) -> str:
     return min(files, key=len)
 
 
-def _color_table() -> str:
-    table = mpl.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]
+def _table(cmap: Colormap) -> str:
+    """Returns 256 colours with their opacity, those of the figures."""
+    table = cmap(np.linspace(0, 1, 256), bytes=True)
     return base64.b64encode(table.tobytes()).decode("ascii")
 
 

@@ -46,12 +46,15 @@ class Coded:
 
 
 def row_shares(
-    impact: Float[np.ndarray, "*batch P P"],
-) -> Float[np.ndarray, "*batch P P"]:
-    """Returns rows that sum to 1; one without any impact is the patch itself alone."""
+    impact: Float[np.ndarray, "*batch rows P"],
+) -> Float[np.ndarray, "*batch rows P"]:
+    """Returns rows that sum to 1; one without any impact is the patch itself alone.
+
+    Rows beyond the P-th are no patches: without impact they stay 0.
+    """
     total = impact.sum(-1, keepdims=True)
     share = impact / np.where(total > 0, total, 1)
-    return np.where(total > 0, share, np.eye(impact.shape[-1], dtype=share.dtype))
+    return np.where(total > 0, share, np.eye(*impact.shape[-2:], dtype=share.dtype))
 
 
 def encode(shares: Float[np.ndarray, "*rows P"], levels: int) -> Coded:

@@ -1,8 +1,10 @@
 "use strict";
 
-/* Words: a patch p lies in row p / columns and column p % columns. A share is what
-   part of all that a patch listens to comes from another patch; shares of a row sum
-   to 1. A view is one layer and one head (or all heads fused) of one indicator. */
+/* Words: a token is a patch p, in row p / columns and column p % columns, or, after all
+   patches, a prefix token (CLS, registers). A share is what part of all that a token
+   takes from patches comes from one of them; shares of a row sum to 1. A view is one
+   layer and one head (or all heads fused) of one indicator. The last indicator of the
+   menu may be the effect on a class, which is signed. */
 
 const $ = (id) => document.getElementById(id);
 const block = (id) => $(`data-${id}`).textContent;
@@ -10,11 +12,13 @@ const block = (id) => $(`data-${id}`).textContent;
 const meta = JSON.parse(block("meta"));
 const [ROWS, COLUMNS] = meta.grid;
 const PATCHES = ROWS * COLUMNS;
+const TOKENS = PATCHES + meta.prefix.length;
 const FUSED = "all";
 const TOP_COUNT = 5;
-const DARKEST = 0.1; // of an even row: the low end of the colour scale
+// Okabe and Ito's colours, without black; more heads repeat them.
+const HEAD_COLORS = ["#56b4e9", "#e69f00", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
 
-// --- Decoding (the counterpart of coding.py) --------------------------------------
+// --- Decoding (the counterpart of coding.py and build.py) -------------------------
 
 function bytesOf(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -33,54 +37,100 @@ function joined(planes, Type) {
 }
 
 const unpackInt16 = async (id) => joined(await unpack(id), Int16Array);
+const unpackUint16 = async (id) => joined(await unpack(id), Uint16Array);
+
+const squares = (levels) =>
+  Float32Array.from({ length: levels + 1 }, (_, code) => (code / levels) ** 2);
+const squaredRoots = (scales) => Float32Array.from(scales, (root) => (root / 65535) ** 2);
 
 /** Interactions of one indicator, fused or per head, with their measured fields. */
 class Stack {
-  constructor(note, codes, scales, field) {
-    Object.assign(this, { heads: note.heads, codes, field });
-    this.steps = Float32Array.from(
-      { length: note.levels + 1 },
-      (_, code) => (code / note.levels) ** 2,
-    );
-    this.largest = Float32Array.from(scales, (root) => (root / 65535) ** 2);
+  constructor(note, codes, scales, given, field) {
+    Object.assign(this, { heads: note.heads, codes, given, field });
+    this.steps = squares(note.levels);
+    this.largest = squaredRoots(scales);
   }
 
   share(slice, i, j) {
-    const row = slice * PATCHES + i;
+    const row = slice * TOKENS + i;
     return this.steps[this.codes[row * PATCHES + j]] * this.largest[row];
   }
 
-  /** What patch p listens to ("to"), or how much each patch listens to it ("by"). */
-  shares(slice, p, direction) {
-    const one = direction === "to"
-      ? (other) => this.share(slice, p, other)
-      : (other) => this.share(slice, other, p);
+  /** The share of all that token i takes from prefix token t. */
+  givenBy(slice, i, t) {
+    return this.given[(slice * TOKENS + i) * meta.prefix.length + t] / 65535;
+  }
+
+  /** What a token listens to ("to"), or how much each patch listens to it ("by"). */
+  shares(slice, token, direction) {
+    let one;
+    if (direction === "to") one = (other) => this.share(slice, token, other);
+    else if (token < PATCHES) one = (other) => this.share(slice, other, token);
+    else one = (other) => this.givenBy(slice, other, token - PATCHES);
     return Float32Array.from({ length: PATCHES }, (_, other) => one(other));
   }
 
+  /** The field of a patch; the prefix tokens have none. */
   fieldOf(slice, p) {
-    const plane = this.field.length / 7;
+    const plane = this.field.length / 3;
     const number = (k) => this.field[k * plane + slice * PATCHES + p];
     return {
-      extents: [0, 1, 2, 3].map((k) => number(k) / meta.lengthSteps),
-      arrow: [4, 5].map((k) => number(k) / meta.lengthSteps),
-      area: number(6) / PATCHES,
+      arrow: [0, 1].map((k) => number(k) / meta.lengthSteps),
+      count: number(2),
+      area: number(2) / PATCHES,
     };
   }
 }
+
+/** Signed effects of the interactions on the logit of a class. */
+class Effects {
+  constructor(note, codes, scales, maps) {
+    Object.assign(this, { heads: 1, note, codes, maps });
+    this.steps = squares(note.levels);
+    this.largest = squaredRoots(scales).map((share) => share * note.largest);
+  }
+
+  effect(slice, i, j) {
+    const row = slice * TOKENS + i;
+    const code = this.codes[row * PATCHES + j];
+    return (code & 128 ? -1 : 1) * this.steps[code & 127] * this.largest[row];
+  }
+
+  shares(slice, token, direction) {
+    if (direction === "map") {
+      const layer = state.flags.has("bylayer") ? slice : meta.layers.length;
+      const unit = this.note.mapLargest / 32767;
+      return Float32Array.from({ length: PATCHES }, (_, p) => this.maps[layer * PATCHES + p] * unit);
+    }
+    const one = direction === "to"
+      ? (other) => this.effect(slice, token, other)
+      : (other) => (token < PATCHES ? this.effect(slice, other, token) : 0);
+    return Float32Array.from({ length: PATCHES }, (_, other) => one(other));
+  }
+}
+
+const noteOf = () => meta.indicators[state.indicator];
+const isSigned = () => "className" in noteOf();
 
 const stacks = new Map(); // by "indicator-kind": a Stack, or null while it decodes
 
 /** Returns a stack once it is decoded; until then starts that, and redraws after. */
 function stackOf(kind) {
   const { indicator } = state;
-  const id = `${indicator}-${kind}`;
+  const note = meta.indicators[indicator];
+  const id = "className" in note ? "class" : `${indicator}-${kind}`;
   if (!stacks.has(id)) {
     stacks.set(id, null);
-    const parts = [unpack(`${id}-codes`), unpack(`${id}-scales`), unpackInt16(`${id}-field`)];
-    Promise.all(parts).then(([codes, scales, field]) => {
-      const note = meta.indicators[indicator].stacks[kind];
-      stacks.set(id, new Stack(note, codes, joined(scales, Uint16Array), field));
+    const parts = id === "class"
+      ? [unpack("class-codes"), unpackUint16("class-scales"), unpackInt16("class-maps")]
+      : [
+        unpack(`${id}-codes`), unpackUint16(`${id}-scales`),
+        unpackUint16(`${id}-given`), unpackInt16(`${id}-field`),
+      ];
+    Promise.all(parts).then((arrays) => {
+      stacks.set(id, id === "class"
+        ? new Effects(note, ...arrays)
+        : new Stack(note.stacks[kind], ...arrays));
       requestDraw();
     });
   }
@@ -89,13 +139,18 @@ function stackOf(kind) {
 
 // --- State, kept in the address so that a link restores it ------------------------
 
-const FLAGS = ["impact", "field", "arrow", "arrows", "learned", "compare"];
+const FLAGS = [
+  "impact", "field", "arrow", "arrows", "learned", "colors", "overview", "bylayer", "compare",
+];
+const DIRECTIONS = ["to", "by", "map"];
 const state = {
   indicator: 0,
   direction: "to",
-  patch: Math.floor(ROWS / 2) * COLUMNS + Math.floor(COLUMNS / 2),
+  patch: Math.floor(ROWS / 2) * COLUMNS + Math.floor(COLUMNS / 2), // a token
   held: false,
-  other: null, // the patch under the pointer while another one is held
+  other: null, // the patch under the pointer while another token is held
+  original: false, // while the key is held: the picture alone
+  opacity: 85,
   flags: new Set(["impact", "field", "arrow", "learned"]),
   views: [
     { layer: Math.floor(meta.layers.length / 2), head: FUSED },
@@ -104,8 +159,10 @@ const state = {
 };
 
 function toHash() {
-  const { indicator, direction, patch, held, flags, views } = state;
-  const entries = { indicator, direction, patch, held: Number(held), show: [...flags].join(".") };
+  const { indicator, direction, patch, held, opacity, flags, views } = state;
+  const entries = {
+    indicator, direction, patch, held: Number(held), opacity, show: [...flags].join("."),
+  };
   views.forEach(({ layer, head }, k) => {
     entries[`layer${k}`] = meta.layers[layer];
     entries[`head${k}`] = head;
@@ -120,9 +177,10 @@ function fromHash(hash) {
     link.has(name) && allowed.includes(link.get(name)) ? link.get(name) : otherwise;
   const upTo = (count) => Array.from({ length: count }, (_, k) => String(k));
   state.indicator = Number(choice("indicator", upTo(meta.indicators.length), state.indicator));
-  state.direction = choice("direction", ["to", "by"], state.direction);
-  state.patch = Number(choice("patch", upTo(PATCHES), state.patch));
+  state.direction = choice("direction", DIRECTIONS, state.direction);
+  state.patch = Number(choice("patch", upTo(TOKENS), state.patch));
   state.held = choice("held", ["0", "1"], "0") === "1";
+  state.opacity = Number(choice("opacity", upTo(101), state.opacity));
   if (link.has("show")) {
     state.flags = new Set(link.get("show").split(".").filter((flag) => FLAGS.includes(flag)));
   }
@@ -131,9 +189,18 @@ function fromHash(hash) {
     view.layer = meta.layers.map(String).indexOf(String(layer));
     view.head = choice(`head${k}`, headChoices(), view.head);
   });
+  settle();
 }
 
-const headCount = () => meta.indicators[state.indicator].stacks.heads?.heads ?? 0;
+/** Puts right what the indicator does not have. */
+function settle() {
+  if (!isSigned() && state.direction === "map") state.direction = "to";
+  for (const view of state.views) {
+    if (!headChoices().includes(view.head)) view.head = FUSED;
+  }
+}
+
+const headCount = () => noteOf().stacks.heads?.heads ?? 0;
 const headChoices = () => [FUSED, ...Array.from({ length: headCount() }, (_, k) => String(k))];
 
 let hashTimer;
@@ -146,9 +213,12 @@ function saveSoon() {
 // --- Words ------------------------------------------------------------------------
 
 const percent = (share) => `${(100 * share).toFixed(2)} %`;
-const nameOf = (p) => `(${Math.floor(p / COLUMNS)}, ${p % COLUMNS})`;
+const place = (p) => `(${Math.floor(p / COLUMNS)}, ${p % COLUMNS})`;
+const nameOf = (token) => (token < PATCHES ? place(token) : meta.prefix[token - PATCHES]);
+const titleOf = (token) => (token < PATCHES ? `Patch ${place(token)}` : nameOf(token));
 const viewName = ({ layer, head }) =>
   `layer ${meta.layers[layer]}, ${head === FUSED ? "all heads" : `head ${head}`}`;
+const signedWords = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(2)}`;
 
 function extentsText(extents, limit = Infinity) {
   const names = ["left", "up", "right", "down"];
@@ -157,25 +227,41 @@ function extentsText(extents, limit = Infinity) {
     .join(", ");
 }
 
-function strongest(shares) {
-  const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]);
+function strongest(values) {
+  const order = Array.from(values.keys());
+  order.sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
   return order.slice(0, TOP_COUNT);
 }
 
 // --- Drawing ----------------------------------------------------------------------
 
-const colors = bytesOf(meta.colors);
+const tables = {
+  amounts: bytesOf(meta.colors.amounts),
+  signed: bytesOf(meta.colors.signed),
+};
 
-/** Position of a share on the logarithmic colour scale, 0 to 1. */
-function level(share) {
-  const { top } = meta.indicators[state.indicator];
-  const place = Math.log(share * PATCHES / DARKEST) / Math.log(top / DARKEST);
-  return Math.min(1, Math.max(0, place));
+/** Where values lie on the colour scale: amounts over their mean, or signed ones. */
+function scaleOf(direction) {
+  if (isSigned()) {
+    const { top, mapTop, layerTop } = noteOf();
+    const limits = { map: state.flags.has("bylayer") ? layerTop : mapTop };
+    const limit = limits[direction] ?? top;
+    return { table: tables.signed, low: -limit, top: limit };
+  }
+  return { table: tables.amounts, low: 1, top: noteOf().top };
 }
 
-function paint(pixels, k, place) {
-  const color = 3 * Math.round(255 * place);
-  pixels.set([colors[color], colors[color + 1], colors[color + 2], 255], 4 * k);
+/** Returns the place of each value on the scale, 0 to 1. */
+function placesOf(values, direction, own) {
+  const { low, top } = scaleOf(direction);
+  const clip = (x) => Math.min(1, Math.max(0, x));
+  if (isSigned()) return values.map((value) => clip((value - low) / (top - low)));
+  let sum = 0;
+  for (const value of values) sum += value;
+  // What others hear is measured against the mean of the others.
+  const mean = direction === "to" ? 1 / PATCHES
+    : (sum - (values[own] ?? 0)) / (PATCHES - (own < PATCHES ? 1 : 0)) || 1;
+  return values.map((value) => clip(Math.log(value / mean) / Math.log(top)));
 }
 
 function canvasOf(width, height) {
@@ -186,36 +272,27 @@ const heat = canvasOf(COLUMNS, ROWS);
 const heatContext = heat.getContext("2d");
 const heatImage = heatContext.createImageData(COLUMNS, ROWS);
 
-function drawHeat(context, shares, width, height) {
-  shares.forEach((share, p) => paint(heatImage.data, p, level(share)));
+/** Fills the small canvas with one colour for each patch. */
+function fillHeat(colorOf) {
+  const opacity = state.opacity / 85; // The table's own largest opacity is 85 %.
+  for (let p = 0; p < PATCHES; p++) {
+    const [red, green, blue, alpha] = colorOf(p);
+    heatImage.data.set([red, green, blue, Math.min(255, alpha * opacity)], 4 * p);
+  }
   heatContext.putImageData(heatImage, 0, 0);
-  context.globalAlpha = 0.66;
-  context.imageSmoothingEnabled = false;
-  context.drawImage(heat, 0, 0, width, height);
-  context.globalAlpha = 1;
 }
 
-/** A pale gray copy of the picture, on which colours can be told apart. */
-const backdrop = (() => {
-  const picture = $("picture");
-  const canvas = canvasOf(picture.naturalWidth || 1, picture.naturalHeight || 1);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  return {
-    canvas,
-    async make() {
-      await picture.decode();
-      canvas.width = picture.naturalWidth;
-      canvas.height = picture.naturalHeight;
-      context.drawImage(picture, 0, 0);
-      const image = context.getImageData(0, 0, canvas.width, canvas.height);
-      for (let k = 0; k < image.data.length; k += 4) {
-        const [red, green, blue] = image.data.subarray(k, k + 3);
-        image.data.fill(70 + (red + green + blue) / 4.5, k, k + 3);
-      }
-      context.putImageData(image, 0, 0);
-    },
-  };
-})();
+function drawHeat(context, places, table, x, y, width, height) {
+  fillHeat((p) => {
+    const color = 4 * Math.round(255 * places[p]);
+    return table.subarray(color, color + 4);
+  });
+  context.imageSmoothingEnabled = false;
+  context.drawImage(heat, x, y, width, height);
+}
+
+const rgbOf = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
+const headColor = (head) => HEAD_COLORS[head % HEAD_COLORS.length];
 
 /** Strokes a path twice, so that it is seen on dark and on light. */
 function stroke(context, color, width) {
@@ -241,6 +318,12 @@ function arrowPath(context, x, y, dx, dy, head) {
   }
 }
 
+/** The smallest set of patches that holds the mass, and the patch itself. */
+function maskOf(shares, count, own) {
+  const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]);
+  return new Set([...order.slice(0, count), own]);
+}
+
 class Panel {
   constructor(view) {
     this.view = view;
@@ -250,12 +333,16 @@ class Panel {
     this.layer = find(".layer");
     this.layer.max = meta.layers.length - 1;
     this.layerName = find(".layer-name");
+    this.absent = find(".absent");
     this.head = find(".head");
     this.headLabel = find(".head-label");
     this.patch = find(".patch");
     this.measured = find(".measured");
+    this.given = find(".given");
     this.learned = find("p.learned");
+    this.table = find("table");
     this.rows = find("tbody");
+    this.overview = find(".overview");
     for (let k = 0; k < TOP_COUNT; k++) {
       const row = this.rows.insertRow();
       for (let cell = 0; cell < 4; cell++) row.insertCell();
@@ -268,8 +355,9 @@ class Panel {
       view.head = this.head.value;
       changed();
     });
+    this.overview.addEventListener("click", (event) => this.chooseView(event));
     listen(this);
-    new ResizeObserver(() => requestDraw()).observe(this.canvas);
+    new ResizeObserver(() => requestDraw()).observe(this.root);
   }
 
   stack() {
@@ -291,6 +379,9 @@ class Panel {
     this.layer.value = this.view.layer;
     this.layer.setAttribute("aria-valuetext", `layer ${meta.layers[this.view.layer]}`);
     this.layerName.value = meta.layers[this.view.layer];
+    const gone = meta.allLayers.filter((layer) => !meta.layers.includes(layer));
+    this.absent.hidden = gone.length === 0;
+    this.absent.textContent = `Layers ${gone.join(", ")} are not in this page: they did not fit.`;
     const choices = headChoices();
     if (this.head.options.length !== choices.length) {
       this.head.replaceChildren(
@@ -306,13 +397,19 @@ class Panel {
     const slice = this.slice(stack);
     const to = stack.shares(slice, state.patch, "to");
     const by = stack.shares(slice, state.patch, "by");
-    this.drawCanvas(stack, slice, state.direction === "to" ? to : by);
-    this.write(stack.fieldOf(slice, state.patch), to, by);
+    const shown = { to, by, map: state.direction === "map" && stack.shares(slice, 0, "map") };
+    this.drawCanvas(stack, slice, shown[state.direction], to);
+    this.write(stack, slice, to, by);
+    const overview = state.flags.has("overview");
+    this.overview.hidden = !overview;
+    this.table.hidden = overview;
+    if (overview) this.drawOverview();
   }
 
-  drawCanvas(stack, slice, shares) {
+  fitCanvas() {
     const { canvas } = this;
-    const aspect = backdrop.canvas.height / backdrop.canvas.width;
+    const aspect = picture.naturalHeight / picture.naturalWidth;
+    canvas.style.setProperty("--aspect", 1 / aspect);
     const width = Math.round(canvas.clientWidth * devicePixelRatio);
     const height = Math.round(width * aspect);
     if (canvas.width !== width || canvas.height !== height) {
@@ -320,24 +417,74 @@ class Panel {
       canvas.height = height;
     }
     this.cell = [width / COLUMNS, height / ROWS];
-    const context = canvas.getContext("2d");
+    return canvas.getContext("2d");
+  }
+
+  drawCanvas(stack, slice, values, to) {
+    const context = this.fitCanvas();
+    const { width, height } = this.canvas;
     // A picture of few pixels is clearer as pixels than as a blur.
-    context.imageSmoothingEnabled = 4 * backdrop.canvas.width > canvas.clientWidth;
-    const impact = state.flags.has("impact");
-    context.drawImage(impact ? backdrop.canvas : $("picture"), 0, 0, width, height);
-    if (impact) drawHeat(context, shares, width, height);
-    if (state.flags.has("arrows")) this.drawArrows(context, stack, slice);
-    if (state.flags.has("learned") && learned) this.drawLearned(context);
-    const field = stack.fieldOf(slice, state.patch);
-    if (state.flags.has("field")) this.drawBox(context, field.extents, "#ffffff", 2);
-    if (state.flags.has("arrow")) {
-      const [dx, dy] = [field.arrow[0] * this.cell[0], field.arrow[1] * this.cell[1]];
-      context.beginPath();
-      arrowPath(context, ...this.centre(state.patch), dx, dy, 10 * devicePixelRatio);
-      stroke(context, "#ffffff", 2 * devicePixelRatio);
+    context.imageSmoothingEnabled = 4 * picture.naturalWidth > this.canvas.clientWidth;
+    context.drawImage(picture, 0, 0, width, height);
+    if (state.original) return;
+    const isPatch = state.patch < PATCHES;
+    if (state.flags.has("impact")) {
+      if (colorsShown()) this.drawColors(context);
+      else {
+        const places = placesOf(values, state.direction, state.patch);
+        drawHeat(context, places, scaleOf(state.direction).table, 0, 0, width, height);
+      }
     }
-    this.drawCell(context, state.patch, "#ffffff", state.held ? 3 : 2);
+    if (!isSigned() && state.flags.has("arrows")) this.drawArrows(context, stack, slice);
+    if (isPatch && state.flags.has("learned") && learned) this.drawLearned(context);
+    if (!isSigned() && isPatch) {
+      const field = stack.fieldOf(slice, state.patch);
+      if (state.flags.has("field")) this.drawMask(context, maskOf(to, field.count, state.patch));
+      if (state.flags.has("arrow")) {
+        const [dx, dy] = [field.arrow[0] * this.cell[0], field.arrow[1] * this.cell[1]];
+        context.beginPath();
+        arrowPath(context, ...this.centre(state.patch), dx, dy, 10 * devicePixelRatio);
+        stroke(context, "#ffffff", 2 * devicePixelRatio);
+      }
+    }
+    if (isPatch) this.drawCell(context, state.patch, "#ffffff", state.held ? 3 : 2);
     if (state.other !== null) this.drawCell(context, state.other, "#ffc233", 2);
+  }
+
+  /** Each patch in the colour of the head that takes or gives the most. */
+  drawColors(context) {
+    const stack = stackOf("heads");
+    if (!stack) return;
+    const all = Array.from({ length: stack.heads }, (_, head) => {
+      const shares = stack.shares(this.view.layer * stack.heads + head, state.patch, state.direction);
+      return placesOf(shares, state.direction, state.patch);
+    });
+    fillHeat((p) => {
+      let best = 0;
+      for (let head = 1; head < all.length; head++) if (all[head][p] > all[best][p]) best = head;
+      return [...rgbOf(headColor(best)), 217 * Math.min(1, 1.4 * all[best][p])];
+    });
+    context.imageSmoothingEnabled = false;
+    context.drawImage(heat, 0, 0, this.canvas.width, this.canvas.height);
+  }
+
+  drawMask(context, mask) {
+    const [w, h] = this.cell;
+    context.beginPath();
+    for (const p of mask) {
+      const [row, column] = [Math.floor(p / COLUMNS), p % COLUMNS];
+      const [x, y] = [column * w, row * h];
+      const line = (inside, x0, y0, x1, y1) => {
+        if (inside) return;
+        context.moveTo(x0, y0);
+        context.lineTo(x1, y1);
+      };
+      line(row > 0 && mask.has(p - COLUMNS), x, y, x + w, y);
+      line(row < ROWS - 1 && mask.has(p + COLUMNS), x, y + h, x + w, y + h);
+      line(column > 0 && mask.has(p - 1), x, y, x, y + h);
+      line(column < COLUMNS - 1 && mask.has(p + 1), x + w, y, x + w, y + h);
+    }
+    stroke(context, "#ffffff", 1.5 * devicePixelRatio);
   }
 
   drawCell(context, p, color, width) {
@@ -375,7 +522,7 @@ class Panel {
       }
     }
     const longest = Math.max(...arrows.map(([, [dx, dy]]) => Math.hypot(dx, dy)), 1e-6);
-    const shrink = Math.min(1, (1.5 * stride) / longest);
+    const shrink = (1.5 * stride) / longest;
     context.beginPath();
     for (const [p, [dx, dy]] of arrows) {
       const [x, y] = [dx * shrink * this.cell[0], dy * shrink * this.cell[1]];
@@ -399,39 +546,130 @@ class Panel {
     context.setLineDash([]);
   }
 
-  write(field, to, by) {
-    const { patch } = state;
-    this.patch.textContent = `Patch ${nameOf(patch)}, ${viewName(this.view)}`;
-    this.canvas.setAttribute("aria-label", `${viewName(this.view)}, patch ${nameOf(patch)}`);
-    const [dx, dy] = field.arrow;
-    this.measured.textContent =
-      `Field of ${Math.round(100 * meta.mass)} %: ${extentsText(field.extents)}; area ${percent(field.area)} of the grid; ` +
-      `arrow ${Math.abs(dx).toFixed(2)} ${dx < 0 ? "left" : "right"}, ` +
-      `${Math.abs(dy).toFixed(2)} ${dy < 0 ? "up" : "down"}.`;
-    const learnedFields = learned ? this.learnedExtents() : [];
+  /** All layers (down) and heads (across) of the chosen token, small. */
+  drawOverview() {
+    const heads = headCount() ? stackOf("heads") : null;
+    const fused = stackOf("fused");
+    if (!fused || (headCount() && !heads)) return;
+    const count = 1 + (heads?.heads ?? 0);
+    const layers = meta.layers.length;
+    const box = this.overview.getBoundingClientRect();
+    const gap = 2;
+    const room = Math.max(innerHeight - box.top - 16, 240);
+    // With one column, layers stand beside each other too.
+    const across = count > 1 ? count : Math.ceil(Math.sqrt(layers));
+    const down = count > 1 ? layers : Math.ceil(layers / across);
+    const side = Math.max(8, Math.min((box.width || 300) / across, (room / down) * (COLUMNS / ROWS)) - gap);
+    const high = side * (ROWS / COLUMNS);
+    Object.assign(this.layout = {}, { across, side, high, gap, count });
+    const ratio = devicePixelRatio;
+    this.overview.width = across * (side + gap) * ratio;
+    this.overview.height = down * (high + gap) * ratio;
+    this.overview.style.width = `${across * (side + gap)}px`;
+    const context = this.overview.getContext("2d");
+    context.scale(ratio, ratio);
+    const direction = state.direction;
+    for (let layer = 0; layer < layers; layer++) {
+      for (let k = 0; k < count; k++) {
+        const stack = k === 0 ? fused : heads;
+        const slice = layer * stack.heads + Math.max(k - 1, 0);
+        const values = direction === "map"
+          ? stack.maps.subarray(layer * PATCHES, (layer + 1) * PATCHES)
+          : stack.shares(slice, state.patch, direction);
+        const shown = direction === "map"
+          ? Float32Array.from(values, (v) => (v * noteOf().mapLargest) / 32767) : values;
+        const [row, column] = count > 1 ? [layer, k] : [Math.floor(layer / across), layer % across];
+        const [x, y] = [column * (side + gap), row * (high + gap)];
+        context.globalAlpha = 0.35;
+        context.drawImage(picture, x, y, side, high);
+        context.globalAlpha = 1;
+        drawHeat(context, placesOf(shown, direction, state.patch), scaleOf(direction).table, x, y, side, high);
+        const chosen = this.view.layer === layer
+          && (this.view.head === FUSED ? k === 0 : Number(this.view.head) === k - 1);
+        if (chosen) {
+          context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--focus");
+          context.lineWidth = 3;
+          context.strokeRect(x + 1, y + 1, side - 2, high - 2);
+        }
+      }
+    }
+    const words = count > 1 ? "a row for each layer; all heads, then each head" : "all layers";
+    this.overview.setAttribute("aria-label", `Overview: ${words}. Click to go there.`);
+    this.overview.title = words;
+  }
+
+  chooseView(event) {
+    const { across, side, high, gap, count } = this.layout;
+    const column = Math.min(Math.floor(event.offsetX / (side + gap)), across - 1);
+    const row = Math.floor(event.offsetY / (high + gap));
+    const layer = count > 1 ? row : row * across + column;
+    if (layer >= meta.layers.length) return;
+    this.view.layer = layer;
+    this.view.head = count > 1 && column > 0 ? String(column - 1) : FUSED;
+    changed();
+  }
+
+  write(stack, slice, to, by) {
+    const token = state.patch;
+    const what = state.direction === "map" ? "Class map" : titleOf(token);
+    this.patch.textContent = `${what}, ${viewName(this.view)}`;
+    this.canvas.setAttribute(
+      "aria-label", `${viewName(this.view)}, ${titleOf(token).toLowerCase()}`,
+    );
+    this.writeField(stack, slice, token);
+    const learnedFields = learned && token < PATCHES ? this.learnedExtents() : [];
     this.learned.hidden = learnedFields.length === 0;
     this.learned.textContent = learnedFields.length === 1
       ? `Learned: ${extentsText(learnedFields[0], Math.max(ROWS, COLUMNS))}.`
       : `Learned: ${learnedFields.length} boxes, one a head; choose a head for its numbers.`;
+    const words = isSigned() ? signedWords : percent;
     const [listens, heard] = [strongest(to), strongest(by)];
     [...this.rows.rows].forEach((row, k) => {
       row.hidden = k >= PATCHES;
       if (row.hidden) return;
-      const words = [
-        nameOf(listens[k]), percent(to[listens[k]]), nameOf(heard[k]), percent(by[heard[k]]),
+      const cells = [
+        place(listens[k]), words(to[listens[k]]), place(heard[k]), words(by[heard[k]]),
       ];
-      words.forEach((word, cell) => { row.cells[cell].textContent = word; });
+      cells.forEach((word, cell) => { row.cells[cell].textContent = word; });
     });
     this.summary =
-      `Patch row ${Math.floor(patch / COLUMNS)}, column ${patch % COLUMNS}, ` +
-      `${viewName(this.view)}. Listens most to ${nameOf(listens[0])}, ` +
-      `${percent(to[listens[0]])}; is heard most by ${nameOf(heard[0])}, ` +
-      `${percent(by[heard[0]])}. Area ${percent(field.area)}.`;
+      `${token < PATCHES ? `Patch row ${Math.floor(token / COLUMNS)}, column ${token % COLUMNS}` : nameOf(token)}, ` +
+      `${viewName(this.view)}. Listens most to ${place(listens[0])}, ` +
+      `${words(to[listens[0]])}; is heard most by ${place(heard[0])}, ` +
+      `${words(by[heard[0]])}.`;
+  }
+
+  writeField(stack, slice, token) {
+    if (isSigned()) {
+      const { className, probability } = noteOf();
+      const map = stack.shares(slice, 0, "map");
+      const own = token < PATCHES ? ` The patch adds ${signedWords(map[token])}.` : "";
+      this.measured.textContent =
+        `What is added to the logit of ${className}, of probability ${Math.round(100 * probability)} %.${own}`;
+      this.given.textContent = "";
+      return;
+    }
+    if (token < PATCHES) {
+      const field = stack.fieldOf(slice, token);
+      const [dx, dy] = field.arrow;
+      this.measured.textContent =
+        `Field of ${Math.round(100 * meta.mass)} %: ${field.count} patches, area ${percent(field.area)} of the grid; ` +
+        `tendency ${Math.abs(dx).toFixed(2)} ${dx < 0 ? "left" : "right"}, ` +
+        `${Math.abs(dy).toFixed(2)} ${dy < 0 ? "up" : "down"}.`;
+    } else {
+      this.measured.textContent = "";
+    }
+    const parts = meta.prefix.map((name, t) => `${name} ${percent(stack.givenBy(slice, token, t))}`);
+    this.given.textContent = parts.length ? `Of all that it listens to: ${parts.join(", ")}.` : "";
   }
 }
 
+const colorsShown = () =>
+  state.flags.has("colors") && headCount() > 1 && state.direction !== "map";
+
 // --- One frame --------------------------------------------------------------------
 
+const picture = $("picture");
 let learned = null;
 let frame = 0;
 let speakTimer;
@@ -447,7 +685,6 @@ function drawAll() {
   const two = state.flags.has("compare");
   $("panels").classList.toggle("two", two);
   panels[1].root.hidden = !two;
-  $("scale").hidden = !state.flags.has("impact");
   for (const panel of two ? panels : panels.slice(0, 1)) panel.draw();
   writePair();
   // Speech that a newer patch would interrupt is not worth starting.
@@ -457,27 +694,26 @@ function drawAll() {
   }, 400);
 }
 
-/** What the held patch and the one under the pointer give each other. */
+/** What the held token and the patch under the pointer give each other. */
 function writePair() {
   const { held, patch, other } = state;
   const stack = panels[0].stack();
   if (!held) {
     $("pair").textContent = "Click or press Enter to hold a patch.";
-  } else if (other === null || !stack) {
+  } else if (other === null || !stack || patch >= PATCHES) {
     $("pair").textContent = `Holding ${nameOf(patch)}: move on to see what the two give each other.`;
   } else {
     const slice = panels[0].slice(stack);
-    const [to, by] = [stack.share(slice, patch, other), stack.share(slice, other, patch)];
+    const one = (i, j) => (isSigned() ? signedWords(stack.effect(slice, i, j)) : percent(stack.share(slice, i, j)));
     $("pair").textContent =
-      `${nameOf(patch)} listens to ${nameOf(other)}: ${percent(to)}; ` +
-      `${nameOf(other)} listens to ${nameOf(patch)}: ${percent(by)}.`;
+      `${nameOf(patch)} listens to ${nameOf(other)}: ${one(patch, other)}; ` +
+      `${nameOf(other)} listens to ${nameOf(patch)}: ${one(other, patch)}.`;
   }
 }
 
 function changed() {
-  for (const view of state.views) {
-    if (!headChoices().includes(view.head)) view.head = FUSED;
-  }
+  settle();
+  showControls();
   saveSoon();
   requestDraw();
 }
@@ -534,48 +770,110 @@ function listen(panel) {
   canvas.addEventListener("click", (event) => hold(patchAt(canvas, event)));
   canvas.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const here = state.held ? state.other ?? state.patch : state.patch;
+    const chosen = state.held ? state.other ?? state.patch : state.patch;
+    const here = chosen < PATCHES ? chosen : 0;
     const next = step(here, event.key);
     const turn = (value, by, count) => (value + by + count) % count;
     const heads = headChoices();
+    const directions = isSigned() ? DIRECTIONS : ["to", "by"];
+    const tokens = [...Array(meta.prefix.length).keys()].map((t) => PATCHES + t);
     const actions = {
-      Enter: () => hold(here),
+      enter: () => hold(here),
       " ": () => hold(here),
-      Escape: () => { state.held = false; state.other = null; },
+      escape: () => { state.held = false; state.other = null; },
       "[": () => { view.layer = Math.max(0, view.layer - 1); },
       "]": () => { view.layer = Math.min(meta.layers.length - 1, view.layer + 1); },
       h: () => { view.head = heads[turn(heads.indexOf(view.head), 1, heads.length)]; },
-      d: () => { state.direction = state.direction === "to" ? "by" : "to"; showControls(); },
+      d: () => {
+        state.direction = directions[turn(directions.indexOf(state.direction), 1, directions.length)];
+      },
+      c: () => {
+        if (tokens.length) state.patch = tokens[turn(tokens.indexOf(state.patch), 1, tokens.length)];
+      },
+      o: () => showOriginal(true),
     };
-    const action = next === null ? actions[event.key] : () => moveTo(next);
+    // Whatever Shift and Caps Lock make of a letter, and of a bracket.
+    const key = { "{": "[", "}": "]" }[event.key] ?? event.key.toLowerCase();
+    const action = next === null ? actions[key] : () => moveTo(next);
     if (!action) return;
     event.preventDefault();
     action();
     changed();
   });
+  canvas.addEventListener("keyup", (event) => {
+    if (event.key.toLowerCase() === "o") showOriginal(false);
+  });
+  canvas.addEventListener("blur", () => showOriginal(false));
 }
 
+function showOriginal(original) {
+  if (state.original === original) return;
+  state.original = original;
+  requestDraw();
+}
+
+// What the controls show is compared first: to set it is slow, and hovering does it.
+let controlsShown = "";
 function showControls() {
-  $("indicator").value = state.indicator;
-  document.querySelector(`[name=direction][value=${state.direction}]`).checked = true;
-  for (const flag of FLAGS) $(flag).checked = state.flags.has(flag);
+  const { indicator, direction, patch, opacity, flags, views } = state;
+  const now = JSON.stringify([indicator, direction, Math.max(patch, PATCHES - 1), opacity, [...flags], views]);
+  if (now === controlsShown) return;
+  controlsShown = now;
+  $("indicator").value = indicator;
+  document.querySelector(`[name=direction][value=${direction}]`).checked = true;
+  for (const flag of FLAGS) $(flag).checked = flags.has(flag);
+  $("opacity").value = opacity;
+  const signed = isSigned();
+  const visible = {
+    "map-label": signed, "bylayer-label": direction === "map", "colors-label": headCount() > 1,
+    "field-label": !signed, "arrow-label": !signed, "arrows-label": !signed,
+  };
+  for (const [id, shown] of Object.entries(visible)) $(id).hidden = !shown;
+  for (const chip of document.querySelectorAll("#prefix button")) {
+    chip.setAttribute("aria-pressed", Number(chip.value) === patch);
+  }
   showScale();
 }
 
 function showScale() {
-  const { top } = meta.indicators[state.indicator];
-  const one = Math.log(1 / DARKEST) / Math.log(top / DARKEST);
-  $("scale").style.gridTemplateColumns = `${one}fr ${1 - one}fr auto`;
-  $("scale-low").textContent = `≤ ${DARKEST}`;
-  $("scale-one").textContent = "1";
+  const heads = colorsShown();
+  $("scale").hidden = !state.flags.has("impact");
+  $("ramp").hidden = heads;
+  $("ramp-labels").hidden = heads;
+  $("head-legend").hidden = !heads;
+  if (heads) {
+    $("head-legend").replaceChildren(...Array.from({ length: headCount() }, (_, head) => {
+      const item = document.createElement("span");
+      item.textContent = `head ${head}`;
+      item.style.setProperty("--hue", headColor(head));
+      return item;
+    }));
+  }
+  const { low, top, table } = scaleOf(state.direction);
+  const ramp = $("ramp").getContext("2d");
+  const image = ramp.createImageData(256, 1);
+  for (let k = 0; k < 256; k++) image.data.set(table.subarray(4 * k, 4 * k + 4), 4 * k);
+  ramp.putImageData(image, 0, 0);
+  const signed = isSigned();
+  $("scale-low").textContent = signed ? `≤ −${top}` : "≤ 1";
+  $("scale-middle").textContent = signed ? "0" : String(Number(Math.sqrt(top).toPrecision(2)));
   $("scale-high").textContent = `≥ ${top}`;
-  $("scale").setAttribute("aria-label", `Colour scale from ${DARKEST} to ${top} times an even row`);
+  const units = {
+    to: "what it listens to; 1 is what each patch would have if all counted alike",
+    by: "who listens to it; 1 is the mean over the other patches",
+  };
+  const effects = {
+    to: "what each patch adds to the logit through it", by: "what it adds through each patch",
+    map: "what each patch adds to the logit in all",
+  };
+  $("unit").textContent = (signed ? effects : units)[state.direction]
+    + (heads ? "; the colour is the head with the most" : "");
+  $("scale").setAttribute("aria-label", `Colour scale from ${signed ? low : "1 and less"} to ${top}`);
 }
 
 function listenToControls() {
   $("indicator").addEventListener("change", (event) => {
     state.indicator = Number(event.target.value);
-    showScale();
     changed();
   });
   for (const radio of document.getElementsByName("direction")) {
@@ -590,11 +888,37 @@ function listenToControls() {
       changed();
     });
   }
+  $("opacity").addEventListener("input", (event) => {
+    state.opacity = Number(event.target.value);
+    changed();
+  });
+  for (const [kind, original] of [["pointerdown", true], ["pointerup", false], ["pointerleave", false]]) {
+    $("original").addEventListener(kind, () => showOriginal(original));
+  }
   $("copy").addEventListener("click", copyLink);
   addEventListener("hashchange", () => {
     fromHash(location.hash);
-    showControls();
-    requestDraw();
+    changed();
+  });
+}
+
+function addChips() {
+  $("prefix").hidden = meta.prefix.length === 0;
+  meta.prefix.forEach((name, t) => {
+    const chip = Object.assign(document.createElement("button"), {
+      type: "button", textContent: name, value: PATCHES + t,
+    });
+    const choose = () => {
+      state.patch = PATCHES + t;
+      state.other = null;
+      changed();
+    };
+    chip.addEventListener("click", () => {
+      state.held = !(state.held && state.patch === PATCHES + t);
+      choose();
+    });
+    chip.addEventListener("pointerenter", () => { if (!state.held) choose(); });
+    $("prefix").append(chip);
   });
 }
 
@@ -618,19 +942,21 @@ function describe() {
     meta.model, `${ROWS} × ${COLUMNS} patches`, layerText(), ...meta.indicators.map(headsText),
   ].filter(Boolean).join(" · ");
   $("meaning").textContent =
-    "A percentage is the share of all that a patch listens to, over patches only. " +
-    `The field is the box around the patch that holds ${Math.round(100 * meta.mass)} % of ` +
-    "its rows and of its columns; its area counts the fewest patches that hold as much; " +
-    "the arrow runs to the centroid. Positions are " +
+    "A percentage is the share of all that a token takes from patches; what it takes from " +
+    "CLS and registers is told apart. The outlined field is the fewest patches that hold " +
+    `${Math.round(100 * meta.mass)} % of it, and the patch itself; it is found from the ` +
+    "stored numbers, so that patches of nearly equal shares at its border may be exchanged. " +
+    "The arrow is the field's tendency: from the patch to the field's centre of gravity, " +
+    "without the part that the patch's place in the grid explains. Positions are " +
     "(row, column), counted from 0 at the upper left; lengths are in patches.";
-  $("storage").textContent = meta.indicators.map(storageText).join(" ");
+  $("storage").textContent = meta.indicators.map(storageText).filter(Boolean).join(" ");
 }
 
 function layerText() {
   const { layers, allLayers } = meta;
-  return layers.length === allLayers
-    ? `all ${allLayers} layers`
-    : `${layers.length} of ${allLayers} layers (${layers.join(", ")}): more did not fit`;
+  return layers.length === allLayers.length
+    ? `all ${allLayers.length} layers`
+    : `${layers.length} of ${allLayers.length} layers (${layers.join(", ")}): more did not fit`;
 }
 
 function headsText({ name, omittedHeads }) {
@@ -642,7 +968,7 @@ function storageText({ name, stacks: held }) {
     `${kind === "fused" ? "fused over heads" : "each head"} in ${levels} steps (error at most ` +
     `${(100 * errorBound).toFixed(1)} % of the row's largest; ${percent(misplaced)} of the ` +
     "impact misplaced on average)");
-  return `“${name}” is stored ${parts.join(", ")}.`;
+  return parts.length ? `“${name}” is stored ${parts.join(", ")}.` : "";
 }
 
 // --- Start ------------------------------------------------------------------------
@@ -654,15 +980,12 @@ async function start() {
   $("indicator").append(...meta.indicators.map(({ name }, k) => new Option(name, k)));
   $("indicator-label").hidden = meta.indicators.length === 1;
   $("learned-label").hidden = !("learnedHeads" in meta);
-  const ramp = $("ramp").getContext("2d");
-  const image = ramp.createImageData(256, 1);
-  for (let k = 0; k < 256; k++) paint(image.data, k, k / 255);
-  ramp.putImageData(image, 0, 0);
+  addChips();
   fromHash(location.hash);
   describe();
   showControls();
   listenToControls();
-  await backdrop.make();
+  await picture.decode();
   if ("learnedHeads" in meta) learned = await unpackInt16("learned");
   requestDraw();
 }

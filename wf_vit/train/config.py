@@ -95,6 +95,9 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     set_duration(config, "eval", epochs=5)
     set_duration(config, "checkpoint", steps=1000)
     config.profile = False  # trace steps for TensorBoard's profiler
+    # At each evaluation, pictures of what the model does to a few images of the first
+    # evaluation split, for TensorBoard: a second or two.
+    config.pictures = True
 
     # Multi-host set-up; it is detected on TPU pods and under Slurm or Open MPI.
     config.distributed = ml_collections.ConfigDict()

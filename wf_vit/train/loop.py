@@ -25,6 +25,7 @@ from wf_vit.shapes import Params
 from wf_vit.train import parallel, steps
 from wf_vit.train.checkpoint import Checkpoints
 from wf_vit.train.config import Training, resolve
+from wf_vit.train.pictures import draw_pictures
 from wf_vit.train.reporter import Reporter, save_config, save_figures
 from wf_vit.train.state import TrainState
 from wf_vit.workdir import prepare_workdir
@@ -95,7 +96,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
         workdir,
         training.model,
         state.eval_params,
-        run.examples(),
+        run.examples,
         mean=augmentation.mean,
         std=augmentation.std,
     )
@@ -130,12 +131,14 @@ class Run:
       training: the rest.
       batch_size: of a step, over all devices of all processes.
       eval_batch_size: likewise, of evaluation.
+      draws: whether an evaluation draws pictures, too.
     """
 
     data: Dataset
     training: Training
     batch_size: int
     eval_batch_size: int
+    draws: bool
 
     def train_batches(self, start_step: int) -> Iterator[steps.Batch]:
         """Yields this process's sharded batches, from any step of the run on."""
@@ -180,8 +183,20 @@ class Run:
             )
         )
 
+    def pictures(self, params: Params) -> dict[str, np.ndarray]:
+        """Returns pictures of the model, by name."""
+        augmentation = self.training.objective.augmentation
+        return draw_pictures(
+            self.training.model,
+            params,
+            self.examples,
+            mean=augmentation.mean,
+            std=augmentation.std,
+        )
+
+    @functools.cached_property
     def examples(self) -> UInt8[np.ndarray, "B height width 3"]:
-        """Returns a few images of the first evaluation split, to be drawn."""
+        """A few images of the first evaluation split, to be drawn."""
         batch = next(
             self.data.eval_batches(next(iter(self.data.config.eval)), batch_size=6)
         )
@@ -212,6 +227,7 @@ def open_run(config: ml_collections.ConfigDict, *, guided: bool = True) -> Run:
         training=resolve(config, data.info, guided=guided),
         batch_size=config.batch_size,
         eval_batch_size=config.eval_batch_size,
+        draws=config.pictures,
     )
 
 
@@ -253,6 +269,9 @@ def _train(
                 if evaluates:
                     evaluation = run.evaluate(state.eval_params)
                     reporter.write(step, evaluation)
+                    if run.draws:
+                        draw = functools.partial(run.pictures, state.eval_params)
+                        reporter.draw(step, draw)
                 top1 = evaluation[f"{best_split}/top1"] if evaluates else None
                 checkpoints.save(state, run.training.meta, top1)
     return state, evaluation

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,12 @@ def read_jsonl(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / JSONL
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    # What "train/top1" was called by earlier versions.
+    return [
+        {"train/top1" if k == "train/accuracy" else k: v for k, v in row.items()}
+        for row in rows
+    ]
 
 
 class Reporter:
@@ -55,6 +60,7 @@ class Reporter:
           active: whether this process reports.
         """
         self._active = active
+        self._undrawable = False
         self._bar = None
         self._total = total
         self._start = (step, time.perf_counter())
@@ -102,6 +108,29 @@ class Reporter:
             _LOG.info("step %d/%d  %s  %s", step, self._total, text, self._left(step))
         else:
             self._bar.write(f"step {step}: {text}", file=sys.stderr)
+
+    def draw(self, step: int, pictures: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Shows pictures of the model in TensorBoard.
+
+        Training goes on if they cannot be drawn; the log says why, once.
+
+        Args:
+          step: of the model.
+          pictures: makes them, by name; it is called by the process that reports only.
+        """
+        if not self._active or self._undrawable:
+            return
+        try:
+            self._writer.write_images(step, dict(pictures()))
+        # A figure is not worth a run of days, whatever is wrong with it.
+        except Exception as error:
+            self._undrawable = True
+            _LOG.warning(
+                "Pictures of the model cannot be drawn, and are left out from now on "
+                "(%s: %s). config.pictures=False turns them off.",
+                type(error).__name__,
+                error,
+            )
 
     def _left(self, step: int) -> str:
         first, start = self._start

@@ -69,8 +69,8 @@ def train_step(
       axis: name of the mapped axis to reduce over.
 
     Returns:
-      The state after it, and metrics over the global batch: ``loss``, ``accuracy``
-      (on the augmented images, against the largest label), ``gradient_norm`` before
+      The state after it, and metrics over the global batch: ``loss``, ``top1`` (on
+      the augmented images, against the largest label), ``gradient_norm`` before
       clipping, ``update_norm``, and ``field_area`` for models with fields; with
       guidance also those of ``guidance.guide``.
     """
@@ -141,7 +141,7 @@ def _loss(
         logits, optax.smooth_labels(labels, objective.label_smoothing)
     ).mean()
     hits = logits.argmax(-1) == labels.argmax(-1)
-    metrics = {"loss": loss, "accuracy": hits.mean(dtype=jnp.float32)}
+    metrics = {"loss": loss, "top1": hits.mean(dtype=jnp.float32)}
     if out["fields"]:
         areas = [fields.area().mean() for fields in out["fields"].values()]
         metrics["field_area"] = jnp.stack(areas).mean()
