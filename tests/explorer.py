@@ -1,5 +1,6 @@
 """The page of wf_vit.page in a browser, for the tests that visit it."""
 
+import contextlib
 import json
 import re
 
@@ -22,7 +23,7 @@ class Explorer:
         for kind in ("browser", "performance"):
             self.driver.get_log(kind)
         self.driver.get(self.url + link)
-        self.until(lambda: "Patch" in self.read(".patch"))
+        self.until(lambda: "layer" in self.read(".patch"))
 
     def until(self, condition):
         from selenium.webdriver.support.ui import WebDriverWait  # Not always there.
@@ -69,8 +70,28 @@ class Explorer:
                 column[y * self.grid[1] + x] = percent(cells[2 * side + 1])
         return columns
 
-    def field(self):
-        """Returns the reach of the patch's field on four sides, and its arrow."""
+    @contextlib.contextmanager
+    def window(self, width, height, scheme, *, mobile):
+        """A window of some size, of a person who prefers a colour scheme."""
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {
+                "width": width,
+                "height": height,
+                "deviceScaleFactor": 1,
+                "mobile": mobile,
+            },
+        )
+        wanted = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+            self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+    def arrow(self):
+        """Returns how far the patch's field tends to the side, and up or down."""
         words = re.findall(r"([\d.]+) (?:left|up|ri|do)", self.read(".measured"))
         return [float(word) for word in words]
 

@@ -14,6 +14,7 @@ from tests.explorer import TOLERANCE, Explorer, assert_shows, percent
 from wf_vit import page
 from wf_vit.errors import UsageError
 from wf_vit.fields import responsive_field
+from wf_vit.grid import distances
 from wf_vit.page import coding
 
 GRID = (4, 6)
@@ -23,18 +24,27 @@ MASS = 0.8
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 255, (64, 96, 3), dtype=np.uint8)
-HEAD_IMPACT = RNG.gamma(0.3, size=(LAYERS, HEADS, PATCHES, PATCHES)).astype(np.float32)
-FUSED = HEAD_IMPACT.mean(1)
-OTHER = RNG.gamma(0.3, size=(LAYERS, PATCHES, PATCHES)).astype(np.float32)
+PREFIX = ("CLS", "register 1")
+TOKENS = PATCHES + len(PREFIX)
+# With the prefix tokens; and of patches alone, which most numbers are of.
+ALL_HEADS = RNG.gamma(0.3, size=(LAYERS, HEADS, TOKENS, TOKENS)).astype(np.float32)
+ALL_FUSED = ALL_HEADS.mean(1)
+HEAD_IMPACT, FUSED = ALL_HEADS[..., 2:, 2:], ALL_FUSED[..., 2:, 2:]
+ALL_OTHER = RNG.gamma(0.3, size=(LAYERS, TOKENS, TOKENS)).astype(np.float32)
+OTHER = ALL_OTHER[..., 2:, 2:]
+EFFECT = RNG.normal(size=(LAYERS, TOKENS, TOKENS)).astype(np.float32)
+BY_LAYER = EFFECT.sum(1)[:, 2:]
+CAT = page.ClassEffect(EFFECT, BY_LAYER.sum(0), BY_LAYER, "<cat>", 0.625)
 EXTENTS = RNG.gamma(2.0, size=(LAYERS, HEADS, PATCHES, 4)).astype(np.float32)
 
 
 def build(**options):
     indicators = {
-        "mean": page.Indicator(FUSED, HEAD_IMPACT),
-        "other": page.Indicator(OTHER),
+        "mean": page.Indicator(ALL_FUSED, ALL_HEADS),
+        "other": page.Indicator(ALL_OTHER),
     }
-    options = {"extents": EXTENTS, "mass": MASS, **options}
+    given = {"prefix": PREFIX, "class_effect": CAT, "extents": EXTENTS, "mass": MASS}
+    options = given | options
     return page.explorer(IMAGE, indicators, GRID, **options)
 
 
@@ -53,6 +63,11 @@ def meta(text):
 
 def unpack(text, name):
     return np.frombuffer(zlib.decompress(base64.b64decode(block(text, name))), np.uint8)
+
+
+def unpack16(text, name):
+    low, high = unpack(text, name).reshape(2, -1).astype(np.uint16)
+    return low | high << 8
 
 
 # --- Coding -------------------------------------------------------------------------
@@ -99,18 +114,35 @@ def test_the_page_needs_no_network_and_no_markup_escapes(text):
 def test_codes_and_fields_are_the_arrays(text):
     note = meta(text)["indicators"][0]
     assert note["stacks"]["heads"]["levels"] == 255
-    coded = coding.encode(coding.row_shares(HEAD_IMPACT), 255)
+    # Rows of patches first, then those of prefix tokens; columns of patches.
+    rows = np.concatenate([ALL_HEADS[..., 2:, :], ALL_HEADS[..., :2, :]], axis=-2)
+    coded = coding.encode(coding.row_shares(rows[..., 2:]), 255)
     np.testing.assert_array_equal(unpack(text, "0-heads-codes"), coded.codes.ravel())
-    low, high = unpack(text, "0-heads-field").reshape(2, 7, LAYERS, HEADS, PATCHES)
-    numbers = (low.astype(np.uint16) | high.astype(np.uint16) << 8).view(np.int16)
+    given = unpack16(text, "0-heads-given").reshape(LAYERS, HEADS, TOKENS, 2)
+    expected = rows[..., :2] / rows.sum(-1, keepdims=True)
+    np.testing.assert_allclose(given / 65535, expected, atol=1e-5)
+    numbers = unpack16(text, "0-heads-field").view(np.int16)
+    numbers = numbers.reshape(3, LAYERS, HEADS, PATCHES)
     field = responsive_field(jnp.asarray(HEAD_IMPACT), GRID, mass=MASS)
     np.testing.assert_allclose(
-        np.moveaxis(numbers[:4], 0, -1) / 64, field.extents, atol=1 / 128 + 1e-4
+        np.moveaxis(numbers[:2], 0, -1) / 64, field.excess, atol=1 / 128 + 1e-3
     )
-    np.testing.assert_allclose(
-        np.moveaxis(numbers[4:6], 0, -1) / 64, field.displacement, atol=1 / 128 + 1e-4
-    )
-    np.testing.assert_allclose(numbers[6] / PATCHES, field.area, atol=1e-5)
+    np.testing.assert_allclose(numbers[2] / PATCHES, field.area, atol=1e-5)
+
+
+def test_effects_on_a_class_keep_their_signs(text):
+    note = meta(text)["indicators"][-1]
+    assert note["name"] == "effect on <cat> (62%)"
+    codes = unpack(text, "class-codes").reshape(LAYERS, TOKENS, PATCHES)
+    rows = np.concatenate([EFFECT[:, 2:], EFFECT[:, :2]], axis=1)[..., 2:]
+    scales = (unpack16(text, "class-scales") / 65535.0) ** 2
+    largest = note["largest"] * scales.reshape(LAYERS, TOKENS, 1)
+    decoded = np.where(codes & 128, -1, 1) * ((codes & 127) / 127) ** 2 * largest
+    assert np.abs(decoded - rows).max() < 0.01 * np.abs(rows).max()
+    maps = unpack16(text, "class-maps").view(np.int16).reshape(LAYERS + 1, PATCHES)
+    maps = maps * note["mapLargest"] / 32767
+    np.testing.assert_allclose(maps[:-1], BY_LAYER, atol=1e-3)
+    np.testing.assert_allclose(maps[-1], CAT.class_map, atol=1e-3)
 
 
 def test_a_smaller_budget_costs_precision_then_heads_then_layers_and_says_so():
@@ -128,7 +160,7 @@ def test_a_smaller_budget_costs_precision_then_heads_then_layers_and_says_so():
         note = page_meta["indicators"][0]
         heads = note["stacks"].get("heads", {"levels": 0})["levels"]
         assert note.get("omittedHeads", 0) == (0 if heads else HEADS)
-        assert page_meta["allLayers"] == LAYERS
+        assert page_meta["allLayers"] == list(range(LAYERS))
         assert page_meta["layers"][-1] == LAYERS - 1
         costs.append((len(page_meta["layers"]), heads))
     assert costs == sorted(costs, reverse=True)
@@ -149,7 +181,7 @@ def test_an_impossible_budget_is_an_error():
 
 @pytest.mark.parametrize(
     ("impact", "message"),
-    [(-FUSED, "negative"), (FUSED * np.nan, "non-finite"), (FUSED[:, 1:, 1:], "grid")],
+    [(-FUSED, "negative"), (FUSED * np.nan, "NaN"), (FUSED[:, 1:, 1:], "grid")],
 )
 def test_wrong_impact_is_an_error(impact, message):
     with pytest.raises(UsageError, match=message):
@@ -160,6 +192,32 @@ def test_indicators_of_different_depth_are_an_error():
     indicators = {"a": page.Indicator(FUSED), "b": page.Indicator(OTHER[:2])}
     with pytest.raises(UsageError, match=r"'b'.*3 layers"):
         page.explorer(IMAGE, indicators, GRID)
+
+
+def test_prefix_tokens_must_be_named():
+    with pytest.raises(UsageError, match=r"0 prefix tokens.*name the prefix tokens"):
+        page.explorer(IMAGE, {"a": page.Indicator(ALL_FUSED)}, GRID)
+
+
+@pytest.mark.slow
+def test_all_layers_fit_at_37_and_all_heads_at_16():
+    def impact(*shape, patches):
+        # As uneven as the impact of a DINOv2, which is what packs well.
+        near = np.exp(-distances((patches, patches)) / 3).astype(np.float32)
+        noise = RNG.gamma(0.5, size=(*shape, patches**2, patches**2))
+        return (noise * (near + 0.02)).astype(np.float32)
+
+    large = {str(n): page.Indicator(impact(12, patches=37)) for n in range(3)}
+    text = page.explorer(IMAGE, large, (37, 37))
+    assert len(text) < 25_000_000
+    assert len(meta(text)["layers"]) == 12
+    small = {}
+    for n in range(3):
+        heads = impact(12, 6, patches=16)
+        small[str(n)] = page.Indicator(heads.sum(1), heads)
+    found = meta(page.explorer(IMAGE, small, (16, 16)))
+    assert len(found["layers"]) == 12
+    assert all("heads" in note["stacks"] for note in found["indicators"])
 
 
 def test_no_indicator_is_an_error():
@@ -185,10 +243,15 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
     field = responsive_field(jnp.asarray(FUSED[1]), GRID, mass=MASS)
     words = explorer.read(".measured")
     assert words.startswith("Field of 80 %")
-    np.testing.assert_allclose(explorer.field()[:4], field.extents[8], atol=0.06)
-    np.testing.assert_allclose(
-        explorer.field()[4:], np.abs(field.displacement[8]), atol=0.02
+    np.testing.assert_allclose(explorer.arrow(), np.abs(field.excess[8]), atol=0.02)
+    shares = ALL_FUSED[1, 10] / ALL_FUSED[1, 10].sum()
+    given = re.findall(r"([\d.]+) %", explorer.read(".given"))
+    np.testing.assert_allclose([float(x) / 100 for x in given], shares[:2], atol=1e-4)
+    mask = explorer.driver.execute_script(
+        "const s = stackOf('fused'); const {count} = s.fieldOf(1, 8);"
+        "return [...maskOf(s.shares(1, 8, 'to'), count, 8)].sort((a, b) => a - b);"
     )
+    np.testing.assert_array_equal(mask, np.flatnonzero(field.mask[8]))
     area = words.partition("area ")[2]
     assert percent(area) == pytest.approx(float(field.area[8]), abs=1e-4)
 
@@ -197,7 +260,7 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
     explorer.press("]")
     explorer.until(lambda: "layer 2" in explorer.read(".patch"))
     assert_shows(explorer, 15, FUSED[2])
-    explorer.press("h")
+    explorer.press("H")  # As with Shift or Caps Lock.
     explorer.until(lambda: "head 0" in explorer.read(".patch"))
     assert_shows(explorer, 15, HEAD_IMPACT[2, 0])
     learned = re.findall(r"([\d.]+) (?:left|up|ri|do)", explorer.read("p.learned"))
@@ -253,28 +316,149 @@ def test_a_foreign_link_does_no_harm(explorer):
 
 @pytest.mark.browser
 def test_the_picture_shows_the_impact_where_it_is(explorer):
-    """Reads the canvas: the strongest patch must be the brightest in viridis."""
-    explorer.open("#patch=9&layer0=1&show=impact")
+    """Reads the canvas: the picture is left as it is where impact is below even."""
+    explorer.open("#patch=9&layer0=1&show=")
     explorer.hover(9)
     assert_shows(explorer, 9, FUSED[1])
-    shares = FUSED[1] / FUSED[1].sum(-1, keepdims=True)
-    pixels = explorer.driver.execute_script(
-        "const canvas = document.querySelector('.grid');"
-        "const [rows, columns] = arguments;"
-        "const context = canvas.getContext('2d');"
-        "const cell = [canvas.width / columns, canvas.height / rows];"
-        "return Array.from({length: rows * columns}, (_, p) => {"
-        "  const x = (p % columns) * cell[0], y = Math.floor(p / columns) * cell[1];"
-        "  const {data} = context.getImageData(x, y, cell[0], cell[1]);"
-        "  let sum = 0; for (let k = 1; k < data.length; k += 4) sum += data[k];"
-        "  return sum / (data.length / 4); });",
-        *GRID,
-    )
-    # Green rises along viridis; the frame of the patch itself is left out.
+    shares = FUSED[1, 9] / FUSED[1, 9].sum() * PATCHES
+
+    def pixels():
+        return np.array(explorer.driver.execute_script(
+            "drawAll();"
+            "const canvas = document.querySelector('.grid');"
+            "const [rows, columns] = arguments;"
+            "const context = canvas.getContext('2d');"
+            "const cell = [canvas.width / columns, canvas.height / rows];"
+            "return Array.from({length: rows * columns}, (_, p) => {"
+            "  const x = (p % columns + 0.3) * cell[0];"
+            "  const y = (Math.floor(p / columns) + 0.3) * cell[1];"
+            "  const {data} = context.getImageData(x, y, 9, 9);"
+            "  return [...data]; });",
+            *GRID,
+        ), float)  # fmt: skip
+
+    picture = pixels()
+    explorer.driver.execute_script("state.flags.add('impact')")
+    painted = pixels()
+    changed = np.abs(painted - picture).mean(1)
     others = np.arange(PATCHES) != 9
-    order = np.argsort(np.argsort(np.array(pixels)[others]))
-    true = np.argsort(np.argsort(shares[9, others]))
-    assert np.corrcoef(order, true)[0, 1] > 0.85
+    assert changed[others & (shares < 1)].max() == 0
+    assert changed[others & (shares > 1.2)].min() > 1
+    # The original, while the key is held.
+    explorer.driver.execute_script("showOriginal(true)")
+    np.testing.assert_array_equal(pixels(), picture)
+    explorer.driver.execute_script("showOriginal(false); state.opacity = 0")
+    np.testing.assert_array_equal(pixels(), picture)
+
+
+@pytest.mark.browser
+def test_prefix_tokens_are_chosen_like_patches(explorer):
+    explorer.open("#layer0=1")
+    chips = explorer.find("#prefix button")
+    assert [chip.text for chip in chips] == list(PREFIX)
+    chips[0].click()
+    explorer.until(lambda: explorer.read(".patch").startswith("CLS"))
+    listens, heard = explorer.table()
+    shares = ALL_FUSED[1, 0, 2:] / ALL_FUSED[1, 0, 2:].sum()
+    for patch, share in listens.items():
+        assert abs(share - shares[patch]) < TOLERANCE
+    from_cls = ALL_FUSED[1, 2:, 0] / ALL_FUSED[1, 2:].sum(-1)
+    for patch, share in heard.items():
+        assert abs(share - from_cls[patch]) < 1e-4
+    explorer.press("C")
+    explorer.until(lambda: explorer.read(".patch").startswith("register 1"))
+    assert explorer.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_class_is_shown_with_signs(explorer):
+    explorer.open("#indicator=2&direction=map&layer0=1")
+    explorer.until(lambda: "Class map" in explorer.read(".patch"))
+    assert "<cat>, of probability 63 %" in explorer.read(".measured")
+    explorer.hover(7)
+    added = re.search(r"adds ([+\N{MINUS SIGN}])([\d.]*\d)", explorer.read(".measured"))
+    value = float(added[2]) * (1 if added[1] == "+" else -1)
+    assert value == pytest.approx(CAT.class_map[7], rel=0.1)
+    explorer.choose("[name=direction]", "to", panel=0)
+    cells = explorer.find("table td")
+    assert re.fullmatch(r"[+\N{MINUS SIGN}][\d.]+", cells[1].text)
+    assert explorer.complaints() == []
+
+
+@pytest.mark.browser
+def test_the_overview_leads_to_a_layer_and_head(explorer):
+    explorer.open("#layer0=0&show=impact.overview")
+    overview = explorer.find(".overview")[0]
+    explorer.until(lambda: overview.size["height"] > 50)
+    explorer.driver.execute_script(
+        "const o = document.querySelector('.overview');"
+        "const {side, high, gap} = panels[0].layout;"
+        "const box = o.getBoundingClientRect();"
+        "o.dispatchEvent(new MouseEvent('click', {clientX: box.x + 2.5 * (side + gap),"
+        " clientY: box.y + 1.5 * (high + gap), bubbles: true}));"
+    )
+    explorer.until(lambda: "layer 1, head 1" in explorer.read(".patch"))
+    assert_title_of_link(explorer, "layer0=1", "head0=1", "overview")
+
+
+def assert_title_of_link(explorer, *parts):
+    explorer.find("#copy")[0].click()
+    link = explorer.driver.current_url.partition("#")[2]
+    assert all(part in link for part in parts), link
+
+
+@pytest.mark.browser
+def test_a_link_carries_everything(explorer):
+    wanted = (
+        "indicator=0&direction=by&patch=25&held=1&opacity=40"
+        "&show=impact.colors.overview&layer0=2&head0=1&layer1=0&head1=all"
+    )
+    explorer.open(f"#{wanted}")
+    assert_title_of_link(explorer, *wanted.split("&"))
+    assert "head 1" in explorer.read("#head-legend")
+
+
+@pytest.mark.browser
+def test_what_did_not_fit_is_said_where_it_is_missed(browser, tmp_path):
+    whole = len(build().encode())
+    for limit in range(whole, 0, -whole // 100):
+        small = build(max_bytes=limit, layers=[0, 5, 11])
+        kept = meta(small)["layers"]
+        if len(kept) < LAYERS:
+            break
+    (tmp_path / "page.html").write_text(small, encoding="utf-8")
+    visit = Explorer(browser, tmp_path / "page.html", GRID)
+    visit.open("#show=impact.compare")
+    gone = [str(layer) for layer in (0, 5, 11) if layer not in kept]
+    for panel in (0, 1):
+        assert f"Layers {', '.join(gone)} are not" in visit.read(".absent", panel)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1280, 800), (1024, 768), (390, 844)])
+def test_picture_legend_and_controls_fit_the_window(explorer, size, scheme):
+    width, height = size
+    phone = width < 500
+    with explorer.window(width, height, scheme, mobile=phone):
+        explorer.open("#patch=9&show=impact.field.arrow.learned")
+        page_size = explorer.driver.execute_script(
+            "return [document.documentElement.scrollWidth,"
+            " document.documentElement.scrollHeight]"
+        )
+        assert page_size[0] <= width
+        ground = explorer.driver.execute_script(
+            "return getComputedStyle(document.body).backgroundColor"
+        )
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+        if phone:
+            return
+        assert page_size[1] <= height
+        for selector in (".grid", "#scale", "#controls", "#copy", "#pair"):
+            box = explorer.find(selector)[0].rect
+            assert box["y"] + box["height"] <= height, selector
+        assert explorer.find(".grid")[0].size["width"] > 0.35 * width
+    assert explorer.complaints() == []
 
 
 @pytest.mark.browser

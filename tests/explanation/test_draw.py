@@ -16,7 +16,6 @@ from tests.explanation.example import (
     HEADS,
     LAYERS,
     PATCHES,
-    arrays_of,
     make_config,
 )
 from tests.explorer import Explorer, assert_shows
@@ -48,15 +47,17 @@ def test_chosen_layers_and_patch_are_the_ones_that_are_shown(photographs, tmp_pa
         assert drawings[name]().axes[0].get_title() == "layer 1"
     (mark,) = drawings["interactions"]().axes[0].lines
     np.testing.assert_allclose(mark.get_xydata(), [[2, 1]])
-    whole = arrays_of(tmp_path, "a")["impact/knockout"]
-    assert whole.shape == (1, PATCHES, PATCHES)
+    whole = explanation.impact["knockout"]
+    assert whole.shape == (1, PATCHES + 1, PATCHES + 1)
     page = (folder / "page.html").read_text()
     meta = json.loads(block(page, "meta"))
     assert meta["layers"] == [1]
-    assert meta["title"] == "a.png"
+    assert meta["title"] == "a"
+    assert meta["prefix"] == ["CLS"]
     names = [indicator["name"] for indicator in meta["indicators"]]
     assert names == ["knockout, effect in its layer", "mean attention"]
-    coded = coding.encode(coding.row_shares(whole), 255)
+    rows = np.concatenate([whole[:, 1:], whole[:, :1]], axis=1)  # CLS comes last.
+    coded = coding.encode(coding.row_shares(rows[..., 1:]), 255)
     packed = zlib.decompress(base64.b64decode(block(page, "0-fused-codes")))
     np.testing.assert_array_equal(np.frombuffer(packed, np.uint8), coded.codes.ravel())
 
@@ -98,33 +99,35 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
 
 
 @pytest.mark.slow
-def test_a_real_page_with_heads_is_small(shared, tmp_path):
+def test_a_real_page_holds_all_heads(shared, tmp_path):
     data = pytest.importorskip("skimage.data")
     Image.fromarray(data.chelsea()).save(tmp_path / "chelsea.png")
     config = make_config(
         shared / "weights/dinov2_s14.safetensors",
         images=str(tmp_path / "chelsea.png"),
-        image_size=224,
+        image_size=(224,),
+        fit="whole",
         heads=True,
     )
     explain(config, tmp_path / "run")
     folder = tmp_path / "run/images/chelsea"
-    assert (folder / "page.html").stat().st_size < 5_000_000
-    assert Explanation.load(folder).field_heads.area.shape == (12, 6, 256)
+    assert (folder / "page.html").stat().st_size < 25_000_000
+    meta = json.loads(block((folder / "page.html").read_text(), "meta"))
+    assert len(meta["layers"]) == 12
+    assert all("heads" in note["stacks"] for note in meta["indicators"])
+    assert Explanation.load(folder).field_heads.area.shape[:2] == (12, 6)
 
 
 @pytest.mark.browser
 def test_the_page_shows_the_numbers_of_the_data(browser, photographs, tmp_path):
     image = photographs / "b.png"
     explain(make_config(images=str(image), figures=False), tmp_path)
-    arrays = arrays_of(tmp_path, "b")
+    found = Explanation.load(tmp_path / "images/b")
     visit = Explorer(browser, tmp_path / "images/b/page.html", GRID)
     visit.open("#layer0=1")
     for patch in (0, 9, 23):
         visit.hover(patch)
-        assert_shows(visit, patch, arrays["impact/propagated"][1])
-        box = arrays["field/extents"][1, patch]
-        np.testing.assert_allclose(visit.field()[:4], box, atol=0.06)
-        arrow = np.abs(arrays["field/displacement"][1, patch])
-        np.testing.assert_allclose(visit.field()[4:], arrow, atol=0.02)
+        assert_shows(visit, patch, found.patch_impact()[1])
+        arrow = np.abs(found.field.excess[1, patch])
+        np.testing.assert_allclose(visit.arrow(), arrow, atol=0.02)
     assert visit.complaints() == []

@@ -61,6 +61,7 @@ def config(digits_run):
         "removal": 7,
         "pixels": 3,
         "faithfulness": 1,
+        "tendency": 4,
     }
     config.kept = (0.5, 0.25)
     config.removed = (0.5,)

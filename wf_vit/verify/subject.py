@@ -101,6 +101,11 @@ class Case:
         return self._propagated.heads
 
     @property
+    def fused_impact(self) -> Float[Array, "L B P P"]:
+        """The propagated impact of the heads together."""
+        return self._propagated.impact
+
+    @property
     def attention(self) -> Float[Array, "L B H N N"]:
         """The attention of all layers and tokens."""
         return self._propagated.recording.attention

@@ -26,6 +26,7 @@ from wf_vit.verify.faithfulness import Faithfulness
 from wf_vit.verify.pixels import Pixels
 from wf_vit.verify.removal import Removal
 from wf_vit.verify.subject import Case, Estimate, Outcomes, Protocol, Subject, Summary
+from wf_vit.verify.tendency import Tendency
 from wf_vit.verify.windows import Windows
 from wf_vit.workdir import (
     claim_workdir,
@@ -42,6 +43,7 @@ PROTOCOLS: dict[str, type[Protocol]] = {
     "removal": Removal,
     "pixels": Pixels,
     "faithfulness": Faithfulness,
+    "tendency": Tendency,
 }
 _SPLIT = "verify"
 # Settings that change no outcome, only what is made of them.

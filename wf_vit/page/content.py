@@ -1,0 +1,213 @@
+"""What a page holds: interactions as shares, their fields, and effects on a class."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int16, UInt16
+
+from wf_vit import fields
+from wf_vit.errors import UsageError
+from wf_vit.grid import Grid
+from wf_vit.page import coding
+
+# Lengths (extents and arrows) are stored in steps of 1/64 patch.
+LENGTH_STEPS = 64
+
+# A signed effect keeps a bit for its sign.
+_SIGNED_LEVELS = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Indicator:
+    """One indicator's interactions in one image.
+
+    Attributes:
+      fused: impact of token j (column) on token i (row), non-negative; the prefix
+        tokens come first.
+      heads: the same for every head, or None.
+      fused_field: the responsive fields of the patches in ``fused`` with the page's
+        ``mass``, where they have been measured; None: they are measured here.
+      heads_field: the same of ``heads``.
+    """
+
+    fused: Float[np.ndarray, "L N N"]
+    heads: Float[np.ndarray, "L H N N"] | None = None
+    fused_field: fields.Field | None = None
+    heads_field: fields.Field | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassEffect:
+    """What the interactions in one image add to the logit of a class.
+
+    Attributes:
+      effect: of interaction i<-j, signed; the prefix tokens come first.
+      class_map: what each patch adds in all.
+      by_layer: the same in each layer.
+      name: of the class.
+      probability: that the model gives it.
+    """
+
+    effect: Float[np.ndarray, "L N N"]
+    class_map: Float[np.ndarray, " P"]
+    by_layer: Float[np.ndarray, "L P"]
+    name: str
+    probability: float
+
+
+def check(
+    indicators: Mapping[str, Indicator],
+    class_effect: ClassEffect | None,
+    grid: Grid,
+    prefix: Sequence[str],
+    extents: np.ndarray | None,
+) -> int:
+    """Returns the number of layers that all arrays agree on.
+
+    Raises:
+      UsageError: they do not fit each other or the grid, or hold what cannot be shown.
+    """
+    if not indicators:
+        raise UsageError("No indicator was given: pass at least one to show.")
+    patches = grid[0] * grid[1]
+    tokens = patches + len(prefix)
+    num_layers = len(next(iter(indicators.values())).fused)
+
+    def fits(name: str, matrices: np.ndarray) -> None:
+        if (len(matrices), *matrices.shape[-2:]) != (num_layers, tokens, tokens):
+            raise UsageError(
+                f"{name} has the shape {matrices.shape}, expected {num_layers} layers, "
+                f"{len(prefix)} prefix tokens and grid {tuple(grid)} = {patches} "
+                "patches: name the prefix tokens, or drop them, or correct the grid."
+            )
+        if not np.isfinite(matrices).all():
+            raise UsageError(f"{name} is NaN or infinite somewhere: expected numbers.")
+
+    for name, indicator in indicators.items():
+        for kind in ("fused", "heads"):
+            impact = getattr(indicator, kind)
+            if impact is None:
+                continue
+            fits(f"{kind} impact of {name!r}", impact)
+            if impact.min() < 0:
+                raise UsageError(
+                    f"{kind} impact of {name!r} is negative somewhere, expected "
+                    "magnitudes: pass their absolute value, or signed effects on a "
+                    "class as class_effect."
+                )
+    if class_effect is not None:
+        fits("The effect on a class", class_effect.effect)
+    if extents is not None and (extents.shape[0], extents.shape[2]) != (
+        num_layers,
+        patches,
+    ):
+        raise UsageError(
+            f"extents have the shape {extents.shape}, expected [L, H, P, 4] with "
+            f"{num_layers} layers and {patches} patches."
+        )
+    return num_layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stack:
+    """The shares of one indicator, fused or per head, and the fields in them.
+
+    Attributes:
+      indicator: its place in the menu.
+      kind: "fused" or "heads".
+      share: of all patches in what a token takes from patches; first the rows of the
+        patches, then those of the prefix tokens.
+      given: share of all that a token takes from the prefix tokens, in 65535ths.
+      field: arrow of the excess, and area in patches.
+    """
+
+    indicator: int
+    kind: str
+    share: Float[np.ndarray, "L *heads N P"]
+    given: UInt16[np.ndarray, "L *heads N T"]
+    field: Int16[np.ndarray, "3 L *heads P"]
+
+
+def stacks_of(
+    indicators: Mapping[str, Indicator], grid: Grid, mass: float, num_prefix: int
+) -> list[Stack]:
+    """Returns the shares and fields of all indicators, of all heads together first."""
+    stacks = []
+    for index, indicator in enumerate(indicators.values()):
+        for kind in ("fused", "heads"):
+            impact = getattr(indicator, kind)
+            if impact is None:
+                continue
+            rows = _patches_first(impact, num_prefix)
+            share = coding.row_shares(rows[..., num_prefix:])
+            field = getattr(indicator, f"{kind}_field")
+            if field is None:
+                patches = impact[..., num_prefix:, num_prefix:]
+                field = _fields(patches, grid, mass)
+            given = coding.row_shares(rows)[..., :num_prefix] if num_prefix else None
+            given = np.zeros((*rows.shape[:-1], 0)) if given is None else given
+            given = np.rint(65535 * given).astype(np.uint16)
+            stacks.append(Stack(index, kind, share, given, _coded(field)))
+    return stacks
+
+
+def _patches_first(matrices: np.ndarray, num_prefix: int) -> np.ndarray:
+    """Returns matrices with the rows of the prefix tokens after those of patches."""
+    return np.roll(matrices, -num_prefix, axis=-2) if num_prefix else matrices
+
+
+def _fields(impact: np.ndarray, grid: Grid, mass: float) -> fields.Field:
+    """Returns the responsive fields, measured layer by layer to bound the memory."""
+    layers = [
+        fields.responsive_field(jnp.asarray(layer), grid, mass=mass) for layer in impact
+    ]
+    return jax.tree.map(lambda *parts: np.stack(parts), *layers)
+
+
+def _coded(field: fields.Field) -> Int16[np.ndarray, "3 L *heads P"]:
+    arrow = coding.fixed_point(np.moveaxis(field.excess, -1, 0), LENGTH_STEPS)
+    area = np.asarray(field.area)[None] * field.area.shape[-1]
+    return np.concatenate([arrow, coding.fixed_point(area, 1)])
+
+
+def class_payload(
+    of: ClassEffect, kept: Sequence[int], num_prefix: int
+) -> dict[str, str]:
+    """Returns the packed arrays of signed effects: sizes, with a bit for the sign."""
+    effect = _patches_first(of.effect[list(kept)], num_prefix)[..., num_prefix:]
+    size = np.abs(effect)
+    largest = max(float(np.abs(of.effect).max()), 1e-30)
+    coded = coding.encode(size / largest, _SIGNED_LEVELS)
+    codes = coded.codes | np.where(effect < 0, 128, 0).astype(np.uint8)
+    maps = np.concatenate([of.by_layer[list(kept)], of.class_map[None]])
+    steps = np.rint(32767 * maps / max(float(np.abs(maps).max()), 1e-30))
+    return {
+        "class-codes": coding.pack(codes),
+        "class-scales": coding.pack(coded.scales),
+        "class-maps": coding.pack(steps.astype(np.int16)),
+    }
+
+
+def class_note(of: ClassEffect, num_prefix: int) -> dict:
+    """Returns what the page says of a class, as the last entry of its menu."""
+    patches = of.effect[..., num_prefix:, num_prefix:]
+
+    def top(values: np.ndarray) -> float:
+        return float(f"{np.quantile(np.abs(values), 0.99) or 1.0:.1g}")
+
+    maps = np.abs(np.concatenate([of.by_layer, of.class_map[None]]))
+    return {
+        "name": f"effect on {of.name} ({of.probability:.0%})",
+        "className": of.name,
+        "probability": of.probability,
+        "stacks": {},
+        "levels": _SIGNED_LEVELS,
+        "largest": float(np.abs(of.effect).max()),
+        "top": top(patches),
+        "mapTop": top(of.class_map),
+        "layerTop": top(of.by_layer),
+        "mapLargest": float(maps.max()),
+    }
