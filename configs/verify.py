@@ -31,17 +31,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict({"name": "cifar10", "data_dir": ""})
     config.split = "test"  # a TFDS split specification, such as "validation[:5000]"
 
-    # Of wf_vit.verify.PROTOCOLS: some of "windows", "removal", "pixels", "faithfulness"
-    # and "tendency"; () for all that there are.
+    # Of wf_vit.verify.PROTOCOLS: some of "windows", "removal", "pixels", "class_maps",
+    # "faithfulness" and "tendency"; () for all that there are.
     config.protocols = ()
     # The images of each, from the front of the split; 0: all. For each image, windows
-    # and removal cost about 70 forward passes, pixels 250; faithfulness runs num_cuts
-    # for every layer; tendency only reads what is measured anyway.
+    # and removal cost about 70 forward passes, pixels 500, class_maps 4 for each patch;
+    # faithfulness runs num_cuts for every layer; tendency only reads what is measured
+    # anyway.
     config.num_images = ml_collections.ConfigDict(
         {
             "windows": 0,
             "removal": 0,
             "pixels": 1000,
+            "class_maps": 500,
             "faithfulness": 20,
             "tendency": 100,
         }

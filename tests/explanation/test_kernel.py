@@ -50,10 +50,11 @@ def test_the_first_cell_shows_the_figures_and_no_warning(name):
         pytest.importorskip(module, reason="needs the peers extra")
     before, call = CELLS[name]
     notebook = nbformat.v4.new_notebook()
-    cell = SETUP + before + call.format(path=str(VIT))
-    notebook.cells = [nbformat.v4.new_code_cell(cell)]
+    # What the peers say when they are imported is theirs.
+    sources = SETUP + before, call.format(path=str(VIT))
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
     nbclient.NotebookClient(notebook, timeout=300).execute()
-    (shown,) = notebook.cells[0].outputs  # And nothing beside it, no warning.
+    (shown,) = notebook.cells[1].outputs  # And nothing beside it, no warning.
     assert shown["output_type"] == "execute_result", json.dumps(shown)[:2000]
     if name == "page":
         assert shown["data"]["text/html"].startswith("<iframe srcdoc=")

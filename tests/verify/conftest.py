@@ -60,6 +60,7 @@ def config(digits_run):
         "windows": 10,
         "removal": 7,
         "pixels": 3,
+        "class_maps": 2,
         "faithfulness": 1,
         "tendency": 4,
     }

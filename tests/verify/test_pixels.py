@@ -7,12 +7,11 @@ import pytest
 
 from configs import verify as verify_config
 from wf_vit.errors import UsageError
+from wf_vit.verify.maps import importance_maps, map_names
 from wf_vit.verify.pixels import (
     Pixels,
     auc,
     blurred,
-    importance_maps,
-    map_names,
     mean_filled,
     pixels,
 )

@@ -18,7 +18,7 @@ from wf_vit.verify.windows import RULES
 
 MEASURES = ("top1", "cosine", "patch_cosine")
 KINDS = ("predicted", "true")
-CURVES = (3, 6, len(FILLS), 2, STEPS + 1)
+CURVES = (3, 10, len(FILLS), 2, STEPS + 1)
 # Of each protocol: the shapes of its outcomes, the rows of its tables, its figures.
 EXPECTED = {
     "windows": (

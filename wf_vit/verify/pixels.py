@@ -18,22 +18,22 @@ asked after every step. The rule, which published numbers often leave open:
 - the class is the one that the model predicts for the image, or the true one.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
-from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
 from wf_vit.figures import evidence
 from wf_vit.grid import Grid
 from wf_vit.shapes import Images, Labels, Logits
 from wf_vit.verify import report
+from wf_vit.verify.maps import importance_maps, map_names
 from wf_vit.verify.subject import (
     Case,
     Estimate,
@@ -140,58 +140,6 @@ def _shown(area: str) -> Float[np.ndarray, " points"]:
     """Returns the horizontal axis, in %: insertion is read backwards."""
     filled = 100 * np.arange(STEPS + 1) / STEPS
     return 100 - filled if area == "insertion" else filled
-
-
-def map_names(kinds: Collection[str]) -> tuple[str, ...]:
-    """Returns the names of ``importance_maps``, for classes of such names."""
-    own = ("impact", *(f"effect on {kind} class" for kind in kinds))
-    return (*own, "attention", "rollout", "random")
-
-
-def importance_maps(
-    case: Case, classes: Mapping[str, Labels]
-) -> dict[str, Float[Array, "B P"]]:
-    """Returns maps of the patches' importance for what the head reads.
-
-    An indicator's map of patch j is the sum over the layers and over all queries,
-    prefix tokens included, of j's impact. Attention's is what j receives from the CLS
-    token, or from all patches if there is none, mean over heads.
-
-    Args:
-      case: the images, and a model with a head.
-      classes: to explain, by name: one for each image.
-
-    Returns:
-      By the names of ``map_names``: the impact propagated to the pooled
-      representation; the signed effect on the logit of each of the classes; and the
-      controls attention (summed over layers), rollout and random.
-    """
-    subject, key = case.subject, jax.random.fold_in(case.key, 2)
-    network = (subject.model, subject.params, case.images)
-    prefix, attention = subject.model.num_prefix_tokens, case.attention
-    knockout, _ = measure.propagate(
-        *network,
-        target="pooled",
-        key=key,
-        num_probes=subject.num_probes,
-        prefix_tokens=True,
-    )
-    effects = [
-        measure.propagate_logit(*network, classes=wanted, prefix_tokens=True)
-        for wanted in classes.values()
-    ]
-
-    def received(matrix: Float[Array, "*batch N N"]) -> Float[Array, "*batch P"]:
-        row = matrix[..., 0, :] if prefix else matrix.mean(-2)
-        return row[..., prefix:]
-
-    controls = (
-        received(attention.mean(2)).sum(0),
-        received(indicators.attention_rollout(attention, num_prefix_tokens=0)[-1]),
-        jax.random.uniform(key, (len(case.images), attention.shape[-1] - prefix)),
-    )
-    own = (impact.sum((0, 2))[:, prefix:] for impact in (knockout.impact, *effects))
-    return dict(zip(map_names(classes), (*own, *controls), strict=True))
 
 
 def auc(
@@ -305,8 +253,15 @@ def _fill(
     images: Images, fill: Images, order: Int[Array, "B P"], count, grid: Grid
 ) -> Images:
     """Returns images with the first ``count`` patches of an order filled."""
-    rank = jnp.argsort(order, axis=-1)
-    chosen = (rank < count).reshape(-1, *grid)
+    return fill_patches(images, fill, jnp.argsort(order, axis=-1) < count, grid)
+
+
+@partial(jax.jit, static_argnames="grid")
+def fill_patches(
+    images: Images, fill: Images, chosen: Bool[Array, "B P"], grid: Grid
+) -> Images:
+    """Returns images with some patches replaced by those of other images."""
+    chosen = chosen.reshape(-1, *grid)
     for axis, side in ((1, images.shape[1]), (2, images.shape[2])):
         chosen = jnp.repeat(chosen, side // chosen.shape[axis], axis=axis)
     return jnp.where(chosen[..., None], fill, images)

@@ -22,6 +22,7 @@ from wf_vit.models import pretrained
 from wf_vit.shapes import Images, Labels, Params
 from wf_vit.verify import report
 from wf_vit.verify.bootstrap import intervals
+from wf_vit.verify.class_maps import ClassMaps
 from wf_vit.verify.faithfulness import Faithfulness
 from wf_vit.verify.pixels import Pixels
 from wf_vit.verify.removal import Removal
@@ -42,6 +43,7 @@ PROTOCOLS: dict[str, type[Protocol]] = {
     "windows": Windows,
     "removal": Removal,
     "pixels": Pixels,
+    "class_maps": ClassMaps,
     "faithfulness": Faithfulness,
     "tendency": Tendency,
 }

@@ -292,7 +292,7 @@ def hugging_face_hints(
     return Hints(_said(model), image_format, _labels(config.get("id2label", {})))
 
 
-def _labels(by_index: Mapping[str, str]) -> tuple[str, ...]:
+def _labels(by_index: Mapping[Any, str]) -> tuple[str, ...]:
     """Returns Hugging Face's class names, unless they are its placeholders."""
     names = tuple(by_index[key] for key in sorted(by_index, key=int))
     placeholders = all(name == f"LABEL_{k}" for k, name in enumerate(names))
