@@ -142,19 +142,19 @@ class Tendency:
         )
 
     def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
-        """Yields one figure: shares and correlations over depth."""
+        """Yields one figure: what nulls explain, and correlations, over depth."""
         nulls = summary["nulls"]
         layers = np.arange(len(nulls[FITTED]["raw_share"]["mean"]))
         shares = {
             title: {name: report.curve(layers, of[key]) for name, of in nulls.items()}
             for title, key in (
-                ("null explains of the displacement", "raw_share"),
-                ("null explains of the excess", "excess_share"),
+                ("share, displacement", "raw_share"),
+                ("share, excess", "excess_share"),
             )
         }
         pairs = {"displacement": summary["raw_correlation"]}
         pairs |= {name: of["correlation"] for name, of in nulls.items()}
-        shares["two images' arrows correlate"] = {
+        shares["correlation"] = {
             name: Curve(layers.astype(float), *[np.array(of["by_layer"])] * 3)
             for name, of in pairs.items()
         }
