@@ -76,6 +76,7 @@ class Progress:
           seconds: about how long an image takes; corrected by those that are done.
         """
         self._total, self._done = total, 0
+        self._times: list[tuple[float, int]] = []
         self._seconds, self._first = seconds + _DRAWING, _COMPILATION
         self._bar = tqdm.tqdm(
             total=total,
@@ -98,8 +99,10 @@ class Progress:
         finally:
             stop.set()
             ticker.join()
-        took = (time.perf_counter() - start) / count
-        self._seconds = took if self._first == 0 else min(self._seconds, took)
+        took = time.perf_counter() - start
+        # The first ones also waited for the compiler: they say least.
+        self._times.append((took, count) if self._done else (self._seconds, 1))
+        self._seconds = sum(t for t, _ in self._times) / sum(n for _, n in self._times)
         self._first = 0.0
         self._done += count
         self._show(float(self._done), self._later(0))

@@ -67,7 +67,7 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
             for file in (workdir / IMAGES).rglob(DATA)
         )
         summary.write(workdir, everything, notes)
-        gallery.write(workdir, everything, _name(config.weights, loaded))
+        gallery.write(workdir, everything, _describe(config.weights, loaded))
         _LOG.info("Wrote %s.", workdir / gallery.INDEX)
     if broken:
         listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken.items())
@@ -218,7 +218,7 @@ def _check_patch(patch: int, loaded: Pretrained, sizes: set[Size]) -> None:
             )
 
 
-def _name(weights: str, loaded: Pretrained) -> str:
+def _describe(weights: str, loaded: Pretrained) -> str:
     model = loaded.model
     return f"{Path(weights).name}: {model.depth} layers, {model.num_heads} heads"
 
@@ -269,7 +269,7 @@ def _draw_missing(
 ) -> None:
     """Draws the figures and pages of images, unless they are there or unwanted."""
     wanted = {draw.FIGURES: config.figures, draw.PAGE: config.page}
-    model = _name(config.weights, loaded)
+    model = Path(config.weights).stem
     for source in sources:
         own = folder / source.name
         missing = {p for p in wanted if wanted[p] and not (own / p).exists()}
@@ -287,7 +287,7 @@ def _draw_missing(
                 explanation,
                 mass=config.mass,
                 title=source.name,
-                model=model,
+                model=_describe(config.weights, loaded),
                 max_bytes=config.page_bytes,
             )
             draw.save_page(html, own / draw.PAGE)

@@ -83,18 +83,18 @@ class ClassMaps:
         }
 
     def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
-        """Returns both by map, and the margins of our map over the others."""
+        """Returns both by map, and the margins of our map over those of others."""
         both = np.concatenate(
             [outcomes["correlation"], outcomes["saco"][..., None]], axis=-1
         )
         columns = (*REMOVALS, "SaCo")
         own = MAPS.index(OWN)
-        others = [place for place in range(len(MAPS)) if place != own]
+        others = [n for n, name in enumerate(MAPS) if name not in (OWN, *VARIANTS)]
         return {
             "measures": report.nested(estimate(both), MAPS, columns),
             "margins": report.nested(
                 estimate(both[:, own, None] - both[:, others]),
-                [MAPS[place] for place in others],
+                [MAPS[n] for n in others],
                 columns,
             ),
         }
