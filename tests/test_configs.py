@@ -60,7 +60,7 @@ def test_config(name, argument):
 
 
 @pytest.mark.parametrize(
-    ("name", "override"), [("explain", {"image_size": 224}), ("verify", {"seed": 3})]
+    ("name", "override"), [("explain", {"image_size": (224,)}), ("verify", {"seed": 3})]
 )
 def test_config_of_an_analysis(name, override):
     module = importlib.import_module(f"configs.{name}")

@@ -79,6 +79,16 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _settings(config: ml_collections.ConfigDict) -> Settings:
     """Returns what is measured; raises UsageError for values that cannot work."""
+    # On a command line "mean,knockout" is one name.
+    names = [n.strip() for name in config.indicators for n in name.split(",")]
+    settings = Settings(
+        indicators=tuple(names),
+        target=config.target,
+        num_probes=config.num_probes,
+        layers=tuple(config.layers) or None,
+        heads=config.heads,
+        mass=config.mass,
+    )
     if not config.weights or not config.images:
         raise UsageError(
             f"config.weights is {config.weights!r} and config.images "
@@ -89,16 +99,7 @@ def _settings(config: ml_collections.ConfigDict) -> Settings:
         raise UsageError(
             f"config.batch_size is {config.batch_size}, expected at least 1."
         )
-    # On a command line "mean,knockout" is one name.
-    names = [n.strip() for name in config.indicators for n in name.split(",")]
-    return Settings(
-        indicators=tuple(names),
-        target=config.target,
-        num_probes=config.num_probes,
-        layers=tuple(config.layers) or None,
-        heads=config.heads,
-        mass=config.mass,
-    )
+    return settings
 
 
 def _sizes(
