@@ -451,6 +451,13 @@ def test_picture_legend_and_controls_fit_the_window(explorer, size, scheme):
             "return getComputedStyle(document.body).backgroundColor"
         )
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+        # The longest words that a grid of two digits puts into the table.
+        overflow = explorer.driver.execute_script(
+            "return [...document.querySelectorAll('.readout tbody td')].slice(0, 4)"
+            ".map((cell, k) => { cell.textContent = k % 2 ? '88.88 %' : '(36, 36)';"
+            " return cell.scrollWidth - cell.clientWidth; })"
+        )
+        assert max(overflow) <= 0
         if phone:
             return
         assert page_size[1] <= height
