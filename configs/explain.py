@@ -5,9 +5,10 @@ r"""Explains photographs: figures, data and a page to explore, for any checkpoin
 
 The results are in runs/explain (or --workdir): open its index.html. Its README.md says
 what is in the files. A call that was interrupted goes on when it is repeated, and other
-photographs may be added. Three photographs take a ViT-S/14
-at 224 pixels 45 s of CPU time, start and compilation included; results/explain has
-figures and measurements.
+photographs may be added.
+
+Three photographs take a ViT-S/14 at 224 pixels about a minute of CPU time, start and
+compilation included; results/explain has figures and measurements.
 """
 
 import ml_collections
