@@ -152,6 +152,7 @@ def test_drawings_can_be_had_later_and_are_whole(photographs, tmp_path, monkeypa
             "tendency",
             "indiscriminative",
             "class_attention",
+            "class_impact",
             "principal_components",
             "field_area",
             "attention_distance",

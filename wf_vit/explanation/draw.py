@@ -55,6 +55,9 @@ def image_drawings(
             names=e.prefix,
             source=attention,
         )
+        t = len(e.prefix)
+        rows = e.impact_heads.get(e.indicator, e.impact[e.indicator])[..., :t, t:]
+        drawings["class_impact"] = of(figures.class_attention, rows, names=e.prefix)
     if e.impact_heads:
         heads = e.of_patches(e.impact_heads[e.indicator])
         drawings["heads"] = of(figures.heads, heads, patch=first)
