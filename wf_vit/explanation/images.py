@@ -90,13 +90,11 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
     count.update(folder for name in short.values() for folder in name.parents)
 
     def name(file: Path) -> str:
-        return _text(short[file] if count[short[file]] == 1 else _below(file, common))
+        return _text(
+            short[file] if count[short[file]] == 1 else file.relative_to(common)
+        )
 
     return sorted(Source(name(file), file) for file in files)
-
-
-def _below(file: Path, folder: str) -> Path:
-    return file.relative_to(folder)
 
 
 def _text(path: Path) -> str:
