@@ -254,3 +254,9 @@ def test_fields_stream_in_a_scan():
 def test_statistics_refuse_what_does_not_fit(arguments, message):
     with pytest.raises(UsageError, match=message):
         fields.statistics(jnp.ones((2, 5, 3)), **arguments)
+
+
+def test_what_is_heard_leaves_out_the_patch_itself():
+    matrix = jnp.arange(16.0).reshape(4, 4)
+    # Of the last three tokens: columns 1 to 3 without the diagonal.
+    np.testing.assert_array_equal(fields.heard(matrix, 1), [28 - 5, 32 - 10, 36 - 15])

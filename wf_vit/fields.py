@@ -177,6 +177,26 @@ def discriminability(indicator: Interactions) -> Float[Array, "*batch P"]:
     return indicator.astype(jnp.float32).std(-2)
 
 
+@takes_arrays("matrices")
+def heard(
+    matrices: Float[Array, "*batch N N"], num_prefix_tokens: int
+) -> Float[Array, "*batch P"]:
+    """Returns what all other tokens, prefix tokens included, hear of each patch.
+
+    Of effects on the logit of a class, summed over layers, it is the class map.
+
+    Args:
+      matrices: impact or effect of token j on token i, ``[..., N, N]``, prefix tokens
+        first.
+      num_prefix_tokens: how many of them are prefix tokens.
+
+    Returns:
+      Sums of columns without the diagonal, ``[..., P]``.
+    """
+    own = jnp.diagonal(matrices, axis1=-2, axis2=-1)
+    return (matrices.sum(-2) - own)[..., num_prefix_tokens:]
+
+
 class Statistics(NamedTuple):
     """Mean and spread over images, as a pytree that merges with others.
 

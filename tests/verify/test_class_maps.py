@@ -95,12 +95,6 @@ def test_grad_cam_is_not_negative_and_sees_its_class(params, images):
     assert (one != other).any()
 
 
-def test_what_is_heard_leaves_out_the_patch_itself():
-    matrix = jnp.arange(16.0).reshape(4, 4)
-    # Of the last three tokens: columns 1 to 3 without the diagonal.
-    np.testing.assert_array_equal(maps.heard(matrix, 1), [28 - 5, 32 - 10, 36 - 15])
-
-
 def test_all_numbers_of_a_batch(case, estimate):
     protocol = ClassMaps(case.subject, verify_config.get_config())
     outcomes = protocol.measure(case, 2)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from wf_vit import fields
 from wf_vit.errors import UsageError
 from wf_vit.fields import Field
 from wf_vit.grid import Grid
@@ -98,8 +99,7 @@ class ClassEffect:
     @property
     def by_layer(self) -> Float[np.ndarray, "L P"]:
         """What each patch adds by what others hear of it, layer by layer."""
-        heard = self.effect.sum(-2) - np.diagonal(self.effect, axis1=-2, axis2=-1)
-        return heard[:, self.num_prefix_tokens :]
+        return np.asarray(fields.heard(self.effect, self.num_prefix_tokens))
 
     @property
     def class_map(self) -> Float[np.ndarray, " P"]:

@@ -90,6 +90,13 @@ def explain(
         mass=mass,
     )
     if _is_attention(model):
+        unused = {"target": target != "tokens", "image_size": image_size is not None}
+        unused |= {"layers": layers is not None}
+        if any(unused.values()):
+            raise UsageError(
+                f"{', '.join(n for n, given in unused.items() if given)} needs a "
+                "model, but attention was given: leave it out, or pass the model."
+            )
         found = _by_attention(model, pictures, num_prefix_tokens, grid, mass)
     else:
         if num_prefix_tokens is not None or grid is not None:
@@ -279,5 +286,7 @@ def _by_model(
 
 def _name(model: Any) -> str:
     if isinstance(model, str | Path):
-        return Path(model).name
+        return Path(model).stem
+    if isinstance(model, Pretrained):
+        model = model.model
     return "" if _is_attention(model) else type(model).__name__

@@ -117,7 +117,8 @@ def field_size(
       width: of the figure, in inches.
 
     Returns:
-      A figure with a panel for each layer and one legend, linear from 0 on.
+      A figure with a panel for each layer and one legend, linear between the sizes
+      that all but the smallest and the largest few have.
 
     Raises:
       UsageError: the areas do not fit the grid.

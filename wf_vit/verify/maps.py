@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wf_vit import indicators, measure
+from wf_vit import fields, indicators, measure
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Labels, Params
 from wf_vit.verify.subject import Case
@@ -39,9 +39,9 @@ def importance_maps(
     """Returns maps of the patches' importance for what the head reads.
 
     An indicator's map of patch j is the sum over the layers and over all other
-    queries, prefix tokens included, of j's impact or effect (`heard`). Attention's is
-    what j receives from the CLS token, or from all patches if there is none, mean over
-    heads.
+    queries, prefix tokens included, of j's impact or effect (`fields.heard`).
+    Attention's is what j receives from the CLS token, or from all patches if there is
+    none, mean over heads.
 
     Args:
       case: the images, and a model with a head.
@@ -65,12 +65,12 @@ def importance_maps(
         num_probes=subject.num_probes,
         prefix_tokens=True,
     )
-    found = {"impact": heard(knockout.impact, prefix).sum(0)}
+    found = {"impact": fields.heard(knockout.impact, prefix).sum(0)}
     for kind, wanted in classes.items():
         effect = measure.propagate_logit(
             model, params, images, classes=wanted, prefix_tokens=True
         )
-        found[f"effect on {kind} class"] = heard(effect, prefix).sum(0)
+        found[f"effect on {kind} class"] = fields.heard(effect, prefix).sum(0)
         found[f"integrated gradients, {kind} class"] = integrated_gradients(
             params, images, wanted, model=model
         )
@@ -86,14 +86,6 @@ def importance_maps(
     shape = (len(images), attention.shape[-1] - prefix)
     found["random"] = jax.random.uniform(key, shape)
     return {name: found[name] for name in map_names(classes)}
-
-
-def heard(
-    matrices: Float[Array, "*batch N N"], num_prefix_tokens: int
-) -> Float[Array, "*batch P"]:
-    """Returns what all other tokens, prefix tokens included, hear of each patch."""
-    own = jnp.diagonal(matrices, axis1=-2, axis2=-1)
-    return (matrices.sum(-2) - own)[..., num_prefix_tokens:]
 
 
 @partial(jax.jit, static_argnames=("model", "steps"))
