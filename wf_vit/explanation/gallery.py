@@ -67,7 +67,7 @@ def write(workdir: Path, names: Sequence[str], model: str) -> None:
 </head>
 <body>
 <h1>Patch interactions</h1>
-<p>{html.escape(model)}</p>
+<p>{html.escape(model)}. Click on a picture to explore it.</p>
 <p>{links}</p>
 <ul>
 {cards}
