@@ -11,7 +11,8 @@ from tests.networks import SMALL, apply, images_for, random_params
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.registry import ModelConfig
-from wf_vit.models.vit import ViT, sincos_positions
+from wf_vit.models.positions import sincos_positions
+from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 
 # Exact sizes at 224 px and 1,000 classes: mean pooling and fixed positions, as the

@@ -10,8 +10,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
+
+from wf_vit import grid as geometry
+from wf_vit.grid import Grid
+from wf_vit.models.positions import Rotary, rotate
 
 Dtype = jnp.dtype | type
 
@@ -69,6 +74,46 @@ def attend(
     return output, weights
 
 
+class RelativePositions(nn.Module):
+    """A learned bias for every head and displacement (BEiT, arXiv 2106.08254).
+
+    What goes from and to prefix tokens has one number each for every head.
+
+    Attributes:
+      num_heads: H.
+      grid: ``(GH, GW)``.
+    """
+
+    num_heads: int
+    grid: Grid
+
+    @nn.compact
+    def __call__(
+        self, num_prefix_tokens: int, patches: Int[Array, "B kept"] | None
+    ) -> Float[Array, "#B H N N"]:
+        """Returns the bias of the logits, of all patches or of those that there are."""
+        rows, columns = self.grid
+        zeros = nn.initializers.zeros
+        shape = (2 * rows - 1, 2 * columns - 1, self.num_heads)
+        table = self.param("table", zeros, shape)
+        prefix = self.param("prefix", zeros, (3, self.num_heads))
+        # From the key to the query, as in BEiT.
+        dx, dy = -np.moveaxis(geometry.displacements(self.grid), -1, 0).astype(int)
+        bias = jnp.moveaxis(table[dy + rows - 1, dx + columns - 1], -1, 0)
+        if patches is None:
+            bias = bias[None]
+        else:
+            pick = jax.vmap(lambda kept: bias[:, kept[:, None], kept[None]])
+            bias = pick(patches)
+        before = [(0, 0), (0, 0), (num_prefix_tokens, 0), (num_prefix_tokens, 0)]
+        is_prefix = np.arange(bias.shape[-1] + num_prefix_tokens) < num_prefix_tokens
+        # 0 for a prefix token's row, 1 for a column, 2 for both.
+        which = np.where(is_prefix[:, None], 2 * is_prefix[None], 1)
+        touched = is_prefix[:, None] | is_prefix[None]
+        own = jnp.moveaxis(prefix[which], -1, 0)[None]
+        return jnp.where(touched[None, None], own, jnp.pad(bias, before))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention, optionally restricted by learned fields.
 
@@ -78,12 +123,19 @@ class SelfAttention(nn.Module):
         or a bias in its place (``models.controls``). It returns a ``Bias``, which is
         added to the logits. None for plain attention.
       qkv_bias: whether queries, keys and values have a bias.
+      rotary: how queries and keys are rotated by their positions, or None for not.
+      relative_positions: whether a learned bias of displacements is added to the
+        logits.
+      grid: ``(GH, GW)``; only rotary and relative positions need it.
       dtype: of the computation; the softmax is in float32 regardless.
     """
 
     num_heads: int
     field: Callable[..., nn.Module] | None = None
     qkv_bias: bool = True
+    rotary: Rotary | None = None
+    relative_positions: bool = False
+    grid: Grid | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -101,7 +153,7 @@ class SelfAttention(nn.Module):
           bias: is added to the logits, for interventions.
           record: whether to return what the indicators need.
           patches: which patches of the grid the tokens after the prefix are; None for
-            all of them. Only fields need to know.
+            all of them. Fields and positions need to know.
 
         Returns:
           The layer's output; the fields, if the layer has them; and the record,
@@ -120,6 +172,16 @@ class SelfAttention(nn.Module):
             )(x)
 
         query, key, value = project("query"), project("key"), project("value")
+        if self.rotary is not None:
+            query, key = (
+                rotate(x, self.rotary, self.grid, patches) for x in (query, key)
+            )
+        if self.relative_positions:
+            count = self.grid[0] * self.grid[1] if patches is None else patches.shape[1]
+            own = RelativePositions(
+                self.num_heads, self.grid, name="relative_positions"
+            )(x.shape[1] - count, patches)
+            bias = own if bias is None else bias + own
         fields = None
         if self.field is not None:
             field = self.field(num_heads=self.num_heads, name=FIELD)

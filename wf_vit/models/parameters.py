@@ -52,8 +52,9 @@ def head_gain(model: ViT, params: Params) -> Float[Array, "L H"]:
     norms = jnp.stack([block["attention_norm"]["scale"] for block in blocks])
     kernels = jnp.stack([block["attention"]["value"]["kernel"] for block in blocks])
     kernels = kernels * norms[..., None, None]
-    # A layer norm takes the mean of a token away first.
-    kernels = kernels - kernels.mean(1, keepdims=True)
+    if model.norm_kind == "layer":
+        # It takes the mean of a token away first.
+        kernels = kernels - kernels.mean(1, keepdims=True)
     read = einsum("ldhj,ldhk->lhjk", kernels, kernels)
     written = einsum("lhjd,lhkd->lhjk", output_kernel, output_kernel)
     return jnp.sqrt((read * written).sum((-1, -2)) / model.width)

@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from wf_vit.errors import UsageError
 from wf_vit.models import controls
 from wf_vit.models.attention import FIELD
+from wf_vit.models.positions import Rotary
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 from wf_vit.shapes import Params
@@ -205,8 +206,9 @@ def to_json(model: ViT) -> dict[str, Any]:
     }
     options["name"] = _key_of(type(model), MODELS)
     options["dtype"] = _key_of(model.dtype, DTYPES)
-    if "fields" in options:
-        options["fields"] = dataclasses.asdict(options["fields"])
+    for name in ("fields", "rotary"):
+        if options.get(name) is not None:
+            options[name] = dataclasses.asdict(options[name])
     return json.loads(json.dumps(options))
 
 
@@ -225,6 +227,10 @@ def from_json(options: dict[str, Any]) -> ViT:
     options["dtype"] = _lookup("dtype", options["dtype"], DTYPES)
     for size in ("image_size", "patch_size"):
         options[size] = tuple(options[size])
+    if options.get("rotary") is not None:
+        span = options["rotary"]["span"]
+        rotary = options["rotary"] | {"span": span if span is None else tuple(span)}
+        options["rotary"] = Rotary(**rotary)
     return model_class(**options).validate()
 
 

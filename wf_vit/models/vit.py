@@ -10,28 +10,15 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
 from wf_vit.models.attention import Dtype
-from wf_vit.models.block import MLPS, AttentionPool, Block, token_scale
-
-POOLS = ("cls", "mean", "map", "cls_mean")
-POSITIONS = ("learned", "sincos")
-
-
-def sincos_positions(
-    grid: geometry.Grid, width: int, temperature: float = 10_000.0
-) -> Float[np.ndarray, "P D"]:
-    """Returns fixed 2-D sine-cosine positions, as in MoCo v3 (arXiv 2104.02057)."""
-    omega = temperature ** -(np.arange(width // 4) / (width // 4 - 1))
-    phase = geometry.coordinates(grid)[:, :, None] * omega
-    x, y = phase[:, 0], phase[:, 1]
-    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
-    return table.astype(np.float32)
+from wf_vit.models.block import AttentionPool, Block, Norm
+from wf_vit.models.checks import check
+from wf_vit.models.positions import Rotary, sincos_positions
 
 
 class ViT(nn.Module):
@@ -51,20 +38,36 @@ class ViT(nn.Module):
       mlp_dim: width of the hidden layer of each MLP.
       num_heads: H; it divides ``width``.
       pool: what the head reads: "cls" token, "mean" of the patches, "cls_mean" (both,
-        one after the other), or "map" (attention pooling over all tokens).
+        one after the other), or "map" (attention pooling).
+      pool_tokens: what attention pooling looks at: "all" tokens, or the "patches".
+      pool_heads: of attention pooling; None for ``num_heads``.
+      pool_mlp_dim: of the MLP after attention pooling; None for ``mlp_dim``, 0 for no
+        MLP.
       cls_token: whether there is a CLS token.
       distillation_token: whether there is DeiT's token (arXiv 2012.12877), with its
         own head; the logits are the mean of both heads'.
       num_registers: number of register tokens (arXiv 2309.16588).
-      positions: "learned" or fixed "sincos".
-      mlp: "gelu", "gelu_tanh" (its approximation) or "swiglu".
+      positions: what is added to the patches: a "learned" table, fixed "sincos" or
+        "sincos_mae" (see ``sincos_positions``), or "none".
+      rotary: how each layer rotates queries and keys by their positions, or None.
+      relative_positions: whether each layer adds a learned bias of displacements to
+        its attention logits.
+      normed_embedding: what is normalised before the first block: "none"; the "patches",
+        before their positions are added; or all "tokens", after.
+      mlp: "gelu", "gelu_tanh" (its approximation), "quick_gelu" (a coarser one) or
+        "swiglu".
+      mlp_inner_norm: whether the hidden layer of each MLP is normalised.
       layer_scale: initial LayerScale, or None.
       drop_path: stochastic depth of the last block; it grows linearly from 0.
       qkv_bias: whether queries, keys and values have a bias.
-      norm_epsilon: of the layer norms.
+      norm_kind: "layer" or "rms" norms.
+      norm_epsilon: of the norms.
+      final_norm: whether there is a norm after the last block.
       pool_before_norm: whether the final norm follows the pooling.
-      representation_size: width of the dense layer with tanh between the pooling and
-        the head (original ViTs pretrained on ImageNet-21k), or None for none.
+      representation_size: width of the dense layer between the pooling and the head,
+        or None for none: with tanh in original ViTs pretrained on ImageNet-21k,
+        without as the projection of image-text models.
+      representation_tanh: whether that layer has a tanh.
       dtype: of the computation; parameters and softmax are float32.
       remat: whether the backward pass recomputes each block's activations.
     """
@@ -77,17 +80,27 @@ class ViT(nn.Module):
     mlp_dim: int
     num_heads: int
     pool: str = "cls"
+    pool_tokens: str = "all"
+    pool_heads: int | None = None
+    pool_mlp_dim: int | None = None
     cls_token: bool = True
     distillation_token: bool = False
     num_registers: int = 0
     positions: str = "learned"
+    rotary: Rotary | None = None
+    relative_positions: bool = False
+    normed_embedding: str = "none"
     mlp: str = "gelu_tanh"
+    mlp_inner_norm: bool = False
     layer_scale: float | None = None
     drop_path: float = 0.0
     qkv_bias: bool = True
+    norm_kind: str = "layer"
     norm_epsilon: float = 1e-6
+    final_norm: bool = True
     pool_before_norm: bool = False
     representation_size: int | None = None
+    representation_tanh: bool = True
     dtype: Dtype = jnp.float32
     remat: bool = False
 
@@ -111,41 +124,7 @@ class ViT(nn.Module):
 
     def validate(self) -> "ViT":
         """Returns the model; raises UsageError if its attributes contradict."""
-        sides = zip(("height", "width"), self.image_size, self.patch_size, strict=True)
-        for side, size, patch in sides:
-            if size % patch or size < patch:
-                below = max(size // patch, 1) * patch
-                raise UsageError(
-                    f"Patches of {patch} pixels do not divide an image {side} of "
-                    f"{size}: set the image size to a multiple, such as {below} or "
-                    f"{below + patch}, or change the patch size."
-                )
-        if self.width % self.num_heads:
-            raise UsageError(
-                f"{self.num_heads} heads do not divide a width of {self.width}: "
-                "change one of them."
-            )
-        for name, known in (("pool", POOLS), ("positions", POSITIONS), ("mlp", MLPS)):
-            given = getattr(self, name)
-            if given not in known:
-                raise UsageError(
-                    f"{name} is {given!r}: choose one of {', '.join(known)}."
-                )
-        if self.pool in ("cls", "cls_mean") and not self.cls_token:
-            raise UsageError(
-                f"pool={self.pool!r} reads the CLS token: set cls_token=True."
-            )
-        if self.pool_before_norm and self.pool == "cls_mean":
-            raise UsageError(
-                "pool='cls_mean' is wider than the final norm: set "
-                "pool_before_norm=False."
-            )
-        if self.distillation_token and not self.cls_token:
-            raise UsageError("A distillation token needs a CLS token before it.")
-        if self.positions == "sincos" and self.width % 4:
-            raise UsageError(
-                f"sincos positions need a width divisible by 4, not {self.width}."
-            )
+        check(self)
         return self
 
     def check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -168,7 +147,12 @@ class ViT(nn.Module):
     def setup(self):
         """Declares the submodules; parameter names are part of the file format."""
         self.validate()
-        mlp = {"hidden": self.mlp_dim, "kind": self.mlp}
+        norm = Norm(self.norm_kind, self.norm_epsilon)
+        mlp = {
+            "hidden": self.mlp_dim,
+            "kind": self.mlp,
+            "inner_norm": norm if self.mlp_inner_norm else None,
+        }
         block = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
         self.blocks = [
             block(
@@ -176,11 +160,14 @@ class ViT(nn.Module):
                     "num_heads": self.num_heads,
                     "field": self.field_for_layer(layer),
                     "qkv_bias": self.qkv_bias,
+                    "rotary": self.rotary,
+                    "relative_positions": self.relative_positions,
+                    "grid": self.grid,
                 },
                 mlp=mlp,
                 layer_scale=self.layer_scale,
                 drop_path=self.drop_path * layer / max(self.depth - 1, 1),
-                norm_epsilon=self.norm_epsilon,
+                norm=norm,
                 dtype=self.dtype,
             )
             for layer in range(self.depth)
@@ -199,11 +186,15 @@ class ViT(nn.Module):
         if self.positions == "learned":
             shape = (*self.grid, self.width)
             self.position_table = self.param("position_table", normal, shape)
-        self.norm = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)
+        if self.normed_embedding != "none":
+            self.embedding_norm = norm.module(self.dtype)
+        if self.final_norm:
+            self.norm = norm.module(self.dtype)
         if self.pool == "map":
-            self.attention_pool = AttentionPool(
-                self.num_heads, mlp, self.norm_epsilon, self.dtype
-            )
+            hidden = self.mlp_dim if self.pool_mlp_dim is None else self.pool_mlp_dim
+            pool_mlp = {"hidden": hidden, "kind": self.mlp} if hidden else None
+            heads = self.pool_heads or self.num_heads
+            self.attention_pool = AttentionPool(heads, pool_mlp, norm, self.dtype)
         if self.representation_size:
             self.representation = nn.Dense(self.representation_size, dtype=self.dtype)
         if self.num_classes:
@@ -222,15 +213,20 @@ class ViT(nn.Module):
             )
         tokens = self.patches(images.astype(self.dtype))
         tokens = tokens.reshape(tokens.shape[0], -1, self.width)
+        if self.normed_embedding == "patches":
+            tokens = self.embedding_norm(tokens)
         if self.positions == "learned":
             table = self.position_table.reshape(-1, self.width)
-        else:
-            table = sincos_positions(self.grid, self.width)
-        tokens = tokens + jnp.asarray(table, tokens.dtype)[None]
+            tokens = tokens + jnp.asarray(table, tokens.dtype)[None]
+        elif self.positions != "none":
+            table = sincos_positions(self.grid, self.width, self.positions)
+            tokens = tokens + jnp.asarray(table, tokens.dtype)[None]
         if self.num_prefix_tokens:
             prefix = self.prefix.astype(tokens.dtype)
             prefix = jnp.broadcast_to(prefix, (tokens.shape[0], *prefix.shape))
             tokens = jnp.concatenate([prefix, tokens], axis=1)
+        if self.normed_embedding == "tokens":
+            tokens = self.embedding_norm(tokens)
         return tokens
 
     def encode(
@@ -312,10 +308,10 @@ class ViT(nn.Module):
         Returns:
           The logits in float32 (without a head, the pooled representation), and a
           dict: ``tokens [B N D]`` after the final norm; ``scale [B N]``, what that
-          divides each token by; and ``pooled``, what the head reads: ``[B D]``, unless
-          ``pool`` or ``representation_size`` widens it.
+          divides each token by (1 without one); and ``pooled``, what the head reads:
+          ``[B D]``, unless ``pool`` or ``representation_size`` widens it.
         """
-        normed = self.norm(tokens)
+        normed = self.norm(tokens) if self.final_norm else tokens
         source = tokens if self.pool_before_norm else normed
         cls, patches = source[:, 0], source[:, self.num_prefix_tokens :]
         if self.pool == "cls":
@@ -325,12 +321,17 @@ class ViT(nn.Module):
         elif self.pool == "cls_mean":
             pooled = jnp.concatenate([cls, patches.mean(axis=1)], axis=-1)
         else:
-            pooled = self.attention_pool(source)
+            pooled = self.attention_pool(
+                patches if self.pool_tokens == "patches" else source
+            )
         if self.pool_before_norm:
             pooled = self.norm(pooled)
         if self.representation_size:
-            pooled = nn.tanh(self.representation(pooled))
-        scale = token_scale(tokens, self.norm_epsilon)
+            pooled = self.representation(pooled)
+            pooled = nn.tanh(pooled) if self.representation_tanh else pooled
+        scale = jnp.ones(tokens.shape[:2])
+        if self.final_norm:
+            scale = Norm(self.norm_kind, self.norm_epsilon).divisor(tokens)
         out = {"tokens": normed, "scale": scale, "pooled": pooled}
         if not self.num_classes:
             return pooled.astype(jnp.float32), out

@@ -14,7 +14,7 @@ from tests.models.pretrained.checkpoints import (
 )
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
-from wf_vit.models.vit import sincos_positions
+from wf_vit.models.positions import sincos_positions
 
 
 def test_num_heads_is_the_configs_the_callers_or_conventional(tmp_path):
