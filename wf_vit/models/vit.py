@@ -52,8 +52,8 @@ class ViT(nn.Module):
       rotary: how each layer rotates queries and keys by their positions, or None.
       relative_positions: whether each layer adds a learned bias of displacements to
         its attention logits.
-      normed_embedding: what is normalised before the first block: "none"; the "patches",
-        before their positions are added; or all "tokens", after.
+      normed_embedding: what is normalised before the first block: "none"; the
+        "patches", before their positions are added; or all "tokens", after.
       mlp: "gelu", "gelu_tanh" (its approximation), "quick_gelu" (a coarser one) or
         "swiglu".
       mlp_inner_norm: whether the hidden layer of each MLP is normalised.

@@ -74,8 +74,8 @@ def test_a_state_dict_is_read_as_a_file_without_a_config():
     ("source", "message"),
     [
         (3, "The checkpoint is a int, expected a path"),
-        ({"epoch": 3}, r"no array but \['epoch'\]"),
-        (module("timm_vit", state_dict=lambda: {}), "no array"),
+        ({"epoch": 3}, r"no array by name in \['epoch'\]"),
+        (module("timm_vit", state_dict=lambda: {}), "no array by name"),
         ({"layer.weight": np.zeros((3, 3))}, "layer.weight"),
     ],
 )

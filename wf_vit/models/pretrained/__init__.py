@@ -6,6 +6,7 @@ transformers, and this package's own runs. Every parameter is accounted for by n
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from flax import traverse_util
 
 from wf_vit.arrays import is_module
 from wf_vit.errors import UsageError
-from wf_vit.models.pretrained.infer import Checkpoint, Parameters, infer
+from wf_vit.models.pretrained.containers import arrays_in
+from wf_vit.models.pretrained.embedding import Parameters
+from wf_vit.models.pretrained.hints import Hints
+from wf_vit.models.pretrained.infer import Checkpoint, infer
 from wf_vit.models.pretrained.positions import (
     TORCH_CUBIC_ANTIALIAS,
     Resampling,
@@ -26,11 +30,9 @@ from wf_vit.models.pretrained.positions import (
 from wf_vit.models.pretrained.preprocess import Preprocess
 from wf_vit.models.pretrained.readers import (
     HUB,
-    Hints,
     download,
     read,
     read_module,
-    read_state,
 )
 from wf_vit.models.pretrained.runs import is_run, read_run
 from wf_vit.models.vit import ViT
@@ -106,30 +108,27 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     num_heads: int | None = None,
+    which: str | None = None,
+    prefix: str | None = None,
 ) -> Pretrained:
     """Loads a published checkpoint.
 
-    Known are Google's and AugReg's ``.npz`` (vision_transformer), big_vision's
-    ``.npz``, ``.safetensors`` or (with PyTorch installed) ``.pth`` files of timm, of
-    Meta's DINO and DINOv2, and of Hugging Face's ViT, DeiT, DINO and DINOv2, and the
-    checkpoints of this package's own runs.
+    Known are, from Google, timm, Meta, OpenAI, Apple and Hugging Face, in their own
+    layouts (``layouts.LAYOUTS``): ViT, DeiT, DINO, MoCo v3, iBOT, MAE, BEiT, DINOv2
+    and what shares its layout, DINOv3, EVA-02, CLIP, SigLIP, Perception Encoder and
+    AIMv2; and this package's own runs. docs/checkpoints.md has the table.
 
     The architecture is read off the names and shapes of the tensors. What they cannot
     tell is taken from ``config.json`` and ``preprocessor_config.json`` beside them
-    (Hugging Face's or timm's), and else from convention:
+    (Hugging Face's or timm's), and else from the convention of the layout: the number
+    of heads, the activation, epsilon, rotary positions, how images are prepared. What
+    was so assumed is logged as a warning, and can be replaced by ``num_heads`` or
+    ``model.clone(mlp=...)``. A position table is resized as the library does that the
+    layout belongs to; a run's is resized as timm's.
 
-    - heads are 64 wide, except for ViT-H and the giant models (``HEADS_OF_WIDTH``);
-      Google's files tell. ``num_heads`` has precedence;
-    - GELU is exact in files of PyTorch and approximate in Google's;
-    - epsilon is 1e-12 for Hugging Face's ViT and DeiT, and else 1e-6;
-    - a timm file's images are normalised by ImageNet's mean and deviation. Its AugReg
-      models, which are not, need the config.json;
-    - a position table is resized as the library does that the layout belongs to; a
-      DINO backbone in Meta's file has timm's names, and is taken for timm's. A run's
-      is resized as timm's.
-
-    What a config or convention gets wrong can be replaced: ``model.clone(mlp=...)``.
-    Tokens and heads that only pretraining uses are dropped (``layouts.IGNORED``).
+    Of a file with several sets of parameters the averages, or the teacher, are taken,
+    and the log names the others. What is no part of the model (optimizers, decoders,
+    heads of pretraining, text encoders) is left out and named.
 
     Args:
       source: a file; a folder with one and, perhaps, its configs; a run's working
@@ -143,6 +142,10 @@ def load(
         than the checkpoint's replaces the head, and what is before it since the
         pooling, by a new one, or by none for 0; the log says so.
       num_heads: H, where it cannot be inferred.
+      which: of a file that nests several state dicts, the entry that is meant, such
+        as "state_dict" or "student".
+      prefix: of a state dict with several networks, what stands before the names of
+        the one that is meant, such as "student.backbone".
 
     Returns:
       The model, its parameters and the preprocessing of its images.
@@ -153,7 +156,13 @@ def load(
     """
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
-    checkpoint = _read(source, image_size=image_size, num_heads=num_heads)
+    checkpoint = _read(
+        source,
+        image_size=image_size,
+        num_heads=num_heads,
+        which=which,
+        prefix=prefix,
+    )
     if not isinstance(source, str | Path):
         source = f"The {type(source).__name__}"  # What messages call it.
     parameters, model = checkpoint.parameters, checkpoint.model
@@ -195,24 +204,31 @@ def load(
 
 
 def _read(
-    source: Any, *, image_size: tuple[int, int] | None, num_heads: int | None
+    source: Any,
+    *,
+    image_size: tuple[int, int] | None,
+    num_heads: int | None,
+    which: str | None,
+    prefix: str | None,
 ) -> Checkpoint:
     """Returns what a source holds, before any change of size or head."""
     if is_module(source):
         arrays, hints = read_module(source)
     elif isinstance(source, Mapping):
-        arrays, hints = read_state(source), Hints()
+        arrays, hints = arrays_in(source, which=which), Hints()
     elif isinstance(source, str | Path):
         path = download(source) if str(source).startswith(HUB) else Path(source)
         if is_run(path):
             return read_run(path)
-        arrays, hints = read(path)
+        arrays, hints = read(path, which=which)
     else:
         raise UsageError(
             f"The checkpoint is a {type(source).__name__}, expected a path, "
             "hf://owner/name, a state dict, or a module of timm or transformers."
         )
-    return infer(arrays, hints, image_size=image_size, num_heads=num_heads)
+    return infer(
+        arrays, hints, image_size=image_size, num_heads=num_heads, prefix=prefix
+    )
 
 
 def _initial(model: ViT) -> Parameters:
@@ -260,8 +276,10 @@ def _compare(
     ]
     if wrong:
         listing = "\n  ".join(wrong)
+        heads = all(re.search(r"attention/(query|key|value|out)", w) for w in wrong)
         raise UsageError(
-            f"{source} does not fit the model that its parameters imply. If its heads "
-            "are of an unusual width, pass num_heads; else it is damaged, or a variant "
-            f"of the vision transformer that is not supported.\n  {listing}"
+            f"{source} does not fit the model that its parameters imply: "
+            + ("pass num_heads, or it is" if heads else "it is")
+            + " damaged, or a variant of the vision transformer that is not supported."
+            f"\n  {listing}"
         )

@@ -1,29 +1,35 @@
 """From a checkpoint's arrays to the model they belong to."""
 
 import dataclasses
+import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from wf_vit.errors import UsageError
-from wf_vit.models.pretrained import layouts
-from wf_vit.models.pretrained.positions import Resampling, split_positions
+from wf_vit.models.pretrained.embedding import (
+    Parameters,
+    join_embedding,
+    patch_kernel,
+)
+from wf_vit.models.pretrained.hints import Hints
+from wf_vit.models.pretrained.layouts import EVA02_ROPE, Layout
+from wf_vit.models.pretrained.positions import Resampling
 from wf_vit.models.pretrained.preprocess import ImageFormat
-from wf_vit.models.pretrained.readers import Hints
+from wf_vit.models.pretrained.rename import (
+    Arrays,
+    choose,
+    from_torch,
+    rename,
+    reorder_points,
+    summary,
+)
 from wf_vit.models.vit import ViT
 
-# Published widths whose heads are not 64 wide, and their number of heads: ViT-H, the
-# giant ViTs of Google, OpenCLIP and timm, and the shape-optimised 400M model.
-HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-
-# In the order of the model's prefix.
-PREFIX_TOKENS = ("cls", "distillation", "registers")
-
-# By flat name, such as blocks_0/attention/query/kernel.
-Parameters = dict[str, np.ndarray | jax.Array]
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +55,22 @@ class Checkpoint:
 
 
 def infer(
-    arrays: layouts.Arrays,
+    arrays: Arrays,
     hints: Hints,
     *,
     image_size: tuple[int, int] | None,
     num_heads: int | None,
+    prefix: str | None = None,
 ) -> Checkpoint:
     """Renames a checkpoint's arrays and infers the model from them.
 
     Args:
       arrays: by the checkpoint's own names.
       hints: what the files beside it say; the tensors have precedence.
-      image_size: only used for a checkpoint without a position table.
+      image_size: that is wanted. Where no config says one, it may be the checkpoint's
+        own; without a position table, it is.
       num_heads: has precedence over the hints.
+      prefix: of the network that is meant, where there are several.
 
     Returns:
       The checkpoint. Whether its parameters fit the model is yet to be checked.
@@ -69,28 +78,25 @@ def infer(
     Raises:
       UsageError: no known layout, or something that cannot be inferred.
     """
-    layout, prefix = layouts.detect(arrays)
-    renamed = layouts.rename(arrays, layout, prefix)
-    if layout.torch:
-        width = renamed.arrays["patches.weight"].shape[0]
-        heads = _head_count(width, num_heads or hints.model.get("num_heads"))
-        renamed = layouts.from_torch(renamed, heads)
-    parameters, embedding = _embedding(renamed.arrays, hints.model.get("image_size"))
+    layout, own = choose(arrays, prefix)
+    renamed = rename(own, layout)
     # Convention, then what the config says, then what the tensors say.
-    attributes = {
-        "mlp": layout.mlp,
-        "norm_epsilon": layout.norm_epsilon,
-        "image_size": image_size,
-        **hints.model,
-        **embedding,
-        **_blocks(parameters),
-    }
-    attributes |= _readout(parameters, renamed.origin, attributes)
-    if attributes["image_size"] is None:
-        raise UsageError(
-            "The checkpoint has no position table, so its image size is unknown: pass "
-            "image_size."
-        )
+    attributes = {**layout.model, **hints.model}
+    if num_heads is not None:
+        attributes["num_heads"] = num_heads
+    if layout.torch:
+        width = patch_kernel(renamed.arrays, "patches.weight").shape[0]
+        heads = _head_count(width, layout, attributes.get("num_heads"))
+        pool_heads = attributes.get("pool_heads") or heads
+        renamed = from_torch(renamed, heads, pool_heads)
+    parameters, embedding = join_embedding(
+        renamed.arrays, attributes, wanted=image_size, given=hints.model
+    )
+    _fill_biases(parameters)
+    attributes |= embedding | _blocks(parameters)
+    attributes["rotary"] = _rotate(parameters, attributes, hints)
+    attributes |= _readout(parameters, renamed.origin, attributes, layout)
+    _announce(layout, hints, attributes, num_heads)
     return Checkpoint(
         model=ViT(**attributes).validate(),
         parameters=parameters,
@@ -101,9 +107,32 @@ def infer(
     )
 
 
-def _head_count(width: int, given: int | None) -> int:
+def _announce(
+    layout: Layout, hints: Hints, attributes: Mapping[str, Any], num_heads: int | None
+) -> None:
+    """Logs what was taken from convention, and how to replace it."""
+    assumed = []
+    if not hints.known:
+        if layout.torch and num_heads is None:
+            assumed.append(f"num_heads={attributes['num_heads']} (pass num_heads)")
+        names = sorted({"mlp", "norm_epsilon", "pool", "rotary"} & layout.model.keys())
+        if attributes["mlp"] == "swiglu":
+            names = [name for name in names if name != "mlp"]
+        assumed += [f"{name}={attributes[name]}" for name in names]
+    if assumed:
+        _LOG.warning(
+            "Neither the tensors nor a config say it, so by the convention of the "
+            "layout %r are taken: %s. Put the config.json beside the file, or change "
+            "the model by clone, where they are others.",
+            layout.name,
+            ", ".join(assumed),
+        )
+
+
+def _head_count(width: int, layout: Layout, given: int | None) -> int:
     """Returns the number of heads: as given, or by convention for the width."""
-    heads = given or HEADS_OF_WIDTH.get(width, max(width // 64, 1))
+    usual = layout.heads.get(width, max(width // layout.head_width, 1))
+    heads = given or usual
     if width % heads:
         raise UsageError(
             f"{heads} heads do not divide the checkpoint's width of {width}: pass "
@@ -112,68 +141,45 @@ def _head_count(width: int, given: int | None) -> int:
     return heads
 
 
-def _embedding(
-    arrays: layouts.Arrays, image_size: tuple[int, int] | None
-) -> tuple[Parameters, dict[str, Any]]:
-    """Joins tokens and positions to ``prefix`` and ``position_table``.
+def _fill_biases(parameters: Parameters) -> None:
+    """Adds biases of 0 where a model has none at all, in place.
 
-    Args:
-      arrays: renamed.
-      image_size: of the position table, if a config says so.
-
-    Returns:
-      The parameters, and the attributes of the model that they imply.
+    CLIP's patch embedding, the keys of BEiT and DINOv3, all of AIMv2. A bias that some
+    blocks have and others lack stays missing.
     """
-    parameters = dict(arrays)
-    kernel = parameters["patches/kernel"].shape
-    if len(kernel) != 4:
-        raise UsageError(
-            f"The patch embedding's kernel has the shape {kernel}; expected is that of "
-            "a convolution, (height, width, 3, D)."
-        )
-    patch_size, width = kernel[:2], kernel[-1]
+    kinds = {re.sub(r"^blocks_\d+", "blocks", name) for name in parameters}
+    for name in list(parameters):
+        if not re.search(
+            r"(^|/)(patches|head|representation|query|key|value|out|up"
+            r"|gate|down)/kernel$",
+            name,
+        ):
+            continue
+        bias = name.removesuffix("kernel") + "bias"
+        kind = re.sub(r"^blocks_\d+", "blocks", bias)
+        projections = [f"blocks/attention/{n}/bias" for n in ("query", "key", "value")]
+        if kind in kinds or (kind in projections and not kinds & set(projections)):
+            continue
+        shape = parameters[name].shape
+        per_head = name.split("/")[-2] in ("query", "key", "value")
+        parameters[bias] = np.zeros(shape[1:] if per_head else shape[-1:], np.float32)
 
-    def take(name: str) -> np.ndarray:
-        array = parameters.pop(name)
-        if array.shape[-1] != width:
-            raise UsageError(
-                f"The checkpoint's {name} have the shape {array.shape}; expected are "
-                f"vectors of the patch embedding's width, {width}."
-            )
-        return array.reshape(-1, width).astype(np.float32)
 
-    tokens = {name: take(name) for name in PREFIX_TOKENS if name in parameters}
-    # A distillation token that no head reads is a register.
-    headless = "head/kernel" not in parameters
-    distills = "distillation" in tokens and (
-        headless or "head_distillation/kernel" in parameters
-    )
-    prefix = np.concatenate([np.zeros((0, width), np.float32), *tokens.values()])
-    attributes = {
-        "patch_size": patch_size,
-        "width": width,
-        "cls_token": "cls" in tokens,
-        "distillation_token": distills,
-        "num_registers": len(prefix) - ("cls" in tokens) - distills,
-        "positions": "sincos",
-    }
-    if "positions" in parameters:
-        added, table = split_positions(
-            take("positions"),
-            num_prefix_tokens=len(prefix),
-            grid=image_size
-            and (image_size[0] // patch_size[0], image_size[1] // patch_size[1]),
-        )
-        prefix[: len(added)] += added
-        parameters["position_table"] = table
-        attributes["positions"] = "learned"
-        attributes["image_size"] = (
-            table.shape[0] * patch_size[0],
-            table.shape[1] * patch_size[1],
-        )
-    if tokens:
-        parameters["prefix"] = prefix
-    return parameters, attributes
+def _rotate(parameters: Parameters, attributes: Mapping[str, Any], hints: Hints) -> Any:
+    """Returns the rotary positions, and orders channels of the parameters for them."""
+    rope = attributes.get("rotary")
+    first = rope is EVA02_ROPE and "rotary" not in hints.model
+    if rope is None or (first and attributes["mlp"] != "swiglu"):
+        # The first EVA has the names of EVA-02, but neither gates nor rotations.
+        return None
+    reorder_points(parameters, rope)
+    if not rope.spans_table:
+        return rope.rotary
+    sides = zip(attributes["image_size"], attributes["patch_size"], strict=True)
+    span = tuple(float(size // patch) for size, patch in sides)
+    # Without a CLS token (PE-G) the first row is at 0.
+    offset = rope.rotary.offset if attributes["cls_token"] else 0.0
+    return dataclasses.replace(rope.rotary, span=span, offset=offset)
 
 
 def _blocks(parameters: Parameters) -> dict[str, Any]:
@@ -188,6 +194,9 @@ def _blocks(parameters: Parameters) -> dict[str, Any]:
     }
     if "mlp/gate/kernel" in found:
         attributes["mlp"] = "swiglu"
+    attributes["mlp_inner_norm"] = "mlp/norm/scale" in found
+    if "attention_norm/bias" not in found:
+        attributes["norm_kind"] = "rms"
     if found & {"attention_scale", "mlp_scale"}:
         attributes["layer_scale"] = 1.0
     return attributes
@@ -209,18 +218,40 @@ def _common_shape(parameters: Parameters, name: str) -> tuple[int, ...]:
 
 
 def _readout(
-    parameters: Parameters, origin: dict[str, str], attributes: dict[str, Any]
+    parameters: Parameters,
+    origin: Mapping[str, str],
+    attributes: Mapping[str, Any],
+    layout: Layout,
 ) -> dict[str, Any]:
-    """Returns the attributes that the final norm, the pooling and the head imply."""
-    readout = {"num_classes": 0}
+    """Returns the attributes that the norms, the pooling and the head imply.
+
+    What a classifier of the layout does without is taken out of the parameters.
+    """
+    readout = {"num_classes": 0, "normed_embedding": "none"}
+    if "embedding_norm/scale" in parameters:
+        # AIMv2 normalises its patches, CLIP all tokens.
+        patches = re.search(r"rms_norm|patch", origin["embedding_norm/scale"])
+        readout["normed_embedding"] = "patches" if patches else "tokens"
     pool = attributes.get("pool", "cls")
-    if "fc_norm" in origin.get("norm/scale", ""):
+    if re.search(r"fc_norm|pooler\.layernorm", origin.get("norm/scale", "")):
         pool = attributes.get("pool", "mean")
         readout["pool_before_norm"] = True
     if not attributes["cls_token"]:
         pool = "mean"
     if "attention_pool/probe" in parameters:
         pool = "map"
+    if "head/kernel" in parameters and layout.classifier:
+        pool = layout.classifier["pool"]
+        _leave(parameters, "attention_pool/")
+        if not layout.classifier.get("final_norm", True):
+            _leave(parameters, "norm/")
+    readout["final_norm"] = "norm/scale" in parameters
+    if pool == "map":
+        _complete_query(parameters, attributes)
+        up = parameters.get("attention_pool/mlp/up/kernel")
+        readout["pool_mlp_dim"] = 0 if up is None else up.shape[-1]
+    else:
+        readout |= {"pool_heads": None, "pool_mlp_dim": None}
     if "representation/kernel" in parameters:
         readout["representation_size"] = parameters["representation/kernel"].shape[-1]
     if "head/kernel" in parameters:
@@ -228,3 +259,22 @@ def _readout(
         if inputs == 2 * attributes["width"]:
             pool = "cls_mean"
     return {**readout, "pool": pool}
+
+
+def _leave(parameters: Parameters, start: str) -> None:
+    """Takes what the classifier does without out of the parameters."""
+    names = [name for name in parameters if name.startswith(start)]
+    for name in names:
+        del parameters[name]
+    if names:
+        _LOG.info("Left out, as the classifier does not read it: %s.", summary(names))
+
+
+def _complete_query(parameters: Parameters, attributes: Mapping[str, Any]) -> None:
+    """Adds the query's projection where the probe itself is the query (AIMv2)."""
+    name, width = "attention_pool/attention/query", attributes["width"]
+    if f"{name}/kernel" not in parameters:
+        heads = attributes.get("pool_heads") or attributes["num_heads"]
+        eye = np.eye(width, dtype=np.float32).reshape(width, heads, -1)
+        parameters[f"{name}/kernel"] = eye
+        parameters[f"{name}/bias"] = np.zeros(eye.shape[1:], np.float32)

@@ -6,6 +6,7 @@ half-pixel centres) and SciPy's ``ndimage.zoom`` (order 1) compute.
 """
 
 import dataclasses
+import logging
 import math
 
 import numpy as np
@@ -13,6 +14,8 @@ from jaxtyping import Float
 
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,7 @@ def split_positions(
     *,
     num_prefix_tokens: int,
     grid: Grid | None,
+    wanted: Grid | None = None,
 ) -> tuple[Float[np.ndarray, "S D"], Float[np.ndarray, "GH GW D"]]:
     """Splits a checkpoint's table into the prefix tokens' part and the patches'.
 
@@ -100,26 +104,61 @@ def split_positions(
     Args:
       positions: one row per token that has a position, prefix tokens first.
       num_prefix_tokens: how many prefix tokens the checkpoint has.
-      grid: the grid that a config claims; where it does not fit, or is None, the
-        table must be square.
+      grid: the grid that a config claims; it has precedence where it fits.
+      wanted: the grid that the caller wants, which may be the table's own.
 
     Returns:
       The positions of the first S prefix tokens, and those of the patches.
 
     Raises:
-      UsageError: no number of prefix tokens leaves such a grid.
+      UsageError: no number of prefix tokens leaves such a grid, or both the caller's
+        and a square grid are possible.
     """
     total, width = positions.shape
-    for count in range(min(num_prefix_tokens, total - 1) + 1):
-        patches = total - count
-        side = math.isqrt(patches)
-        for rows, columns in (grid, (side, side)) if grid else ((side, side),):
-            if rows * columns == patches:
-                table = positions[count:].reshape(rows, columns, width)
-                return positions[:count], table
-    raise UsageError(
-        f"The position table has {total} entries: with 0 to {num_prefix_tokens} "
-        "prefix tokens they leave no square grid"
-        + (f", nor one of {grid[0]}x{grid[1]}" if grid else "")
-        + ". Put the config.json with the checkpoint's image_size beside it."
-    )
+    counts = range(min(num_prefix_tokens, total - 1), -1, -1)
+
+    def reading(grid: Grid | None) -> int | None:
+        """Returns how many prefix tokens have a position, if this is the grid."""
+        patches = grid[0] * grid[1] if grid else 0
+        return total - patches if total - patches in counts else None
+
+    sides = [math.isqrt(total - count) for count in counts]
+    squares = [
+        (side, side)
+        for side, count in zip(sides, counts, strict=True)
+        if side * side == total - count
+    ]
+    chosen = None
+    if reading(grid) is not None:
+        chosen = grid
+    elif reading(wanted) is not None and wanted not in squares:
+        alike = [s for s in squares if reading(s) == reading(wanted)]
+        if alike:
+            raise UsageError(
+                f"The position table has {total} entries: {alike[0][0]} x "
+                f"{alike[0][1]} patches, or {wanted[0]} x {wanted[1]} as is wanted. "
+                "Put the config.json with the checkpoint's own image_size beside it; or "
+                "load it without image_size, as square, and call resized()."
+            )
+        chosen = wanted
+    elif squares:
+        chosen = wanted if wanted in squares else squares[0]
+    if chosen is None:
+        raise UsageError(
+            f"The position table has {total} entries: with 0 to {num_prefix_tokens} "
+            "prefix tokens they leave no square grid"
+            + (f", nor one of {grid[0]}x{grid[1]}" if grid else "")
+            + (f", nor one of {wanted[0]}x{wanted[1]}" if wanted else "")
+            + ". Put the config.json with the checkpoint's image_size beside it, or "
+            "pass image_size."
+        )
+    count = reading(chosen)
+    if grid and chosen != grid:
+        _LOG.warning(
+            "The config says %d x %d patches, but the position table has %d entries: "
+            "it is taken as %d x %d.",
+            *grid,
+            total,
+            *chosen,
+        )
+    return positions[:count], positions[count:].reshape(*chosen, width)

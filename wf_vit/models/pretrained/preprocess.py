@@ -1,6 +1,7 @@
 """How the images of a published checkpoint are prepared."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,12 +15,15 @@ Triple = tuple[float, float, float]
 # Mean and standard deviation of the channels, of images in [0, 1].
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
 }
 
 
@@ -33,14 +37,32 @@ class ImageFormat:
       interpolation: one of ``INTERPOLATIONS``; as Pillow resizes, so antialiased.
       crop: the share of the resized image's side that a central crop keeps; None
         resizes without regard to the aspect ratio and crops nothing.
+      squash: whether the resize before the crop ignores the aspect ratio too.
+      floor: whether the place of the crop is rounded down, as in Hugging Face, and not
+        to the nearest pixel, as in torchvision.
     """
 
     mean: Triple
     std: Triple
     interpolation: str
     crop: float | None
+    squash: bool = False
+    floor: bool = False
 
     def __post_init__(self):
+        numbers = (*self.mean, *self.std, self.crop or 1.0)
+        if (
+            len(self.mean) != 3
+            or len(self.std) != 3
+            or not all(math.isfinite(number) for number in numbers)
+            or min(self.std) <= 0
+            or not 0 < (self.crop or 1.0) <= 1
+        ):
+            raise UsageError(
+                f"The images' mean is {self.mean}, their std {self.std} and the crop "
+                f"{self.crop}: expected three numbers each, std above 0, and a share "
+                "above 0 and up to 1. Correct the config beside the checkpoint."
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise UsageError(
                 f"The interpolation is {self.interpolation!r}: choose one of "
@@ -94,8 +116,9 @@ class Preprocess:
         size = self._resized(*image.shape[:2])
         resample = INTERPOLATIONS[self.image_format.interpolation]
         resized = Image.fromarray(image).resize(size[::-1], resample)
+        place = math.floor if self.image_format.floor else round
         top, left = (
-            round((have - keep) / 2)
+            place((have - keep) / 2)
             for have, keep in zip(size, self.image_size, strict=True)
         )
         height, width = self.image_size
@@ -109,6 +132,8 @@ class Preprocess:
         rows, columns = (
             int(s / self.image_format.crop + 1e-6) for s in self.image_size
         )
+        if self.image_format.squash:
+            return rows, columns
         if rows * width >= columns * height:
             return rows, max(rows * width // height, self.image_size[1])
         return max(columns * height // width, self.image_size[0]), columns

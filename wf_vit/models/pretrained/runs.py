@@ -1,6 +1,5 @@
 """Checkpoints of this package's own runs, as ``wf_vit.train`` leaves them."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -10,16 +9,29 @@ from flax import traverse_util
 
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
+from wf_vit.models.pretrained.hints import read_json
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
 from wf_vit.models.pretrained.preprocess import ImageFormat
+from wf_vit.models.pretrained.readers import weights_in
 
 DIRECTORY = "checkpoints"
 
 
 def is_run(source: Path) -> bool:
-    """Whether a folder is a run's working directory, or one of its checkpoints."""
-    return (source / DIRECTORY).is_dir() or source.parent.name == DIRECTORY
+    """Whether a folder is a run's working directory, or one of its checkpoints.
+
+    The name alone does not tell: weights of others lie in folders called checkpoints
+    too. A run that has no checkpoint yet counts, unless there are weights beside.
+    """
+    if not source.is_dir():
+        return False
+    if source.absolute().parent.name == DIRECTORY:
+        return source.name.isdecimal() and not weights_in(source)
+    if not (source / DIRECTORY).is_dir():
+        return False
+    steps = any(folder.name.isdecimal() for folder in (source / DIRECTORY).iterdir())
+    return steps or not weights_in(source)
 
 
 def read_run(source: Path) -> Checkpoint:
@@ -48,7 +60,12 @@ def read_run(source: Path) -> Checkpoint:
         raise UsageError(
             f"{config} is missing: a run's folder is its config.json and {DIRECTORY}/."
         )
-    data = json.loads(config.read_text())["data"]
+    data = read_json(config).get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("augment"), dict):
+        raise UsageError(
+            f"{config} is not that of a run of this package, though {DIRECTORY}/ is "
+            "beside it: give the file of the weights by name."
+        )
     json_item = ocp.JsonCheckpointHandler()
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(), meta=json_item, metrics=json_item
