@@ -15,6 +15,7 @@ Prints the table and writes OUTPUT.json and OUTPUT.md. Takes six minutes on two 
 
 import dataclasses
 import gc
+import inspect
 import json
 import re
 import sys
@@ -84,7 +85,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 parameter.copy_(0.6 + 0.1 * noise if is_gain else 0.1 * noise)
             elif re.search(r"token|probe|latent|pos|class_emb|table", name):
                 parameter.copy_(0.5 * noise)
-            else:
+            elif parameter.ndim > 1:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
     return model.eval()
 
@@ -95,10 +96,12 @@ def hugging_face(name: str, config: Any, *, file_names: bool = True):
     def make(folder: Path) -> Peer:
         model = randomize(getattr(transformers, name)(config))
         model.save_pretrained(folder)
-        resizes = "interpolate_pos_encoding" in type(model).forward.__code__.co_varnames
+        parameters = inspect.signature(type(model).forward).parameters
+        # Of CLIP and SigLIP it is among the **kwargs.
+        resizes = "interpolate_pos_encoding" in parameters or "lip" in name
+        options = {"interpolate_pos_encoding": True} if resizes else {}
 
         def compute(images: torch.Tensor) -> Outputs:
-            options = {"interpolate_pos_encoding": True} if resizes else {}
             output = model(images, **options)
             found = {"tokens": "last_hidden_state", "pooled": "pooler_output"}
             found |= {"logits": "logits", "embedding": "image_embeds"}
@@ -290,7 +293,8 @@ def cases() -> list[Case]:
          (square, oblong, (512, 384))),
         ("DINOv3", "transformers DINOv3ViTModel S+/16, in memory",
          hugging_face("DINOv3ViTModel",
-                      t.DINOv3ViTConfig(**dinov3, use_gated_mlp=True),
+                      t.DINOv3ViTConfig(**dinov3, use_gated_mlp=True,
+                                         hidden_act="silu"),
                       file_names=False), (square, oblong)),
         ("DINOv3", "transformers DINOv3ViTModel B/16",
          hugging_face("DINOv3ViTModel", t.DINOv3ViTConfig(
@@ -357,7 +361,8 @@ def cases() -> list[Case]:
          (square,)),
         ("AIMv2", "transformers Aimv2VisionModel L/14 native, 4 layers",
          hugging_face("Aimv2VisionModel", t.Aimv2VisionConfig(
-             num_hidden_layers=4, is_native=True, use_head=False)), (square, (140, 322))),
+             num_hidden_layers=4, is_native=True, use_head=False)),
+         (square, (140, 322))),
         ("AIMv2", "timm aimv2_large_patch14_224, 4 layers",
          of_timm("aimv2_large_patch14_224", depth=4, **S), (square, (140, 322))),
         ("AIMv2", "Apple's names, L/14, 4 layers",
@@ -453,7 +458,9 @@ def errors(case: Case, folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             expected = peer.compute(images)
         forward = jax.jit(
-            lambda params, x, model=model: model.apply({"params": params}, x, record=True)
+            lambda params, x, model=model: model.apply(
+                {"params": params}, x, record=True
+            )
         )
         logits, out = forward(loaded.params, images.permute(0, 2, 3, 1).numpy())
         got = {"logits": logits, "tokens": out["tokens"], "pooled": out["pooled"]}

@@ -35,6 +35,7 @@ from wf_vit.models.pretrained.readers import (
     read_module,
 )
 from wf_vit.models.pretrained.runs import is_run, read_run
+from wf_vit.models.pretrained.save import OWN, is_own, read_own, save
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
 
@@ -86,7 +87,7 @@ class Pretrained:
         if tuple(image_size) == self.model.image_size:
             return self
         model = self.model.clone(image_size=tuple(image_size)).validate()
-        preprocess = dataclasses.replace(self.preprocess, image_size=model.image_size)
+        preprocess = Preprocess(model.image_size, self.preprocess.image_format)
         params = traverse_util.flatten_dict(self.params, sep="/")
         if model.positions == "learned":
             table = np.asarray(params["position_table"])
@@ -99,6 +100,18 @@ class Pretrained:
             model=model,
             params=traverse_util.unflatten_dict(params, sep="/"),
             preprocess=preprocess,
+        )
+
+    def save(self, path: str | Path, *, layout: str = OWN) -> Path:
+        """Saves the model as a folder; see `pretrained.save`."""
+        return save(
+            self.model,
+            self.params,
+            path,
+            layout=layout,
+            preprocess=self.preprocess,
+            class_names=self.class_names,
+            resampling=self.resampling,
         )
 
 
@@ -197,7 +210,13 @@ def load(
     return Pretrained(
         model=model,
         params=traverse_util.unflatten_dict(params, sep="/"),
-        preprocess=Preprocess(model.image_size, checkpoint.image_format),
+        preprocess=Preprocess(
+            model.image_size,
+            checkpoint.image_format,
+            checkpoint.leftover
+            if model.image_size == checkpoint.model.image_size
+            else (0, 0),
+        ),
         class_names=names,
         resampling=checkpoint.resampling,
     )
@@ -220,6 +239,8 @@ def _read(
         path = download(source) if str(source).startswith(HUB) else Path(source)
         if is_run(path):
             return read_run(path)
+        if is_own(path):
+            return read_own(path)
         arrays, hints = read(path, which=which)
     else:
         raise UsageError(

@@ -78,8 +78,8 @@ def arrays_in(content: Any, *, which: str | None) -> dict[str, np.ndarray]:
         if chosen is None:
             raise UsageError(
                 f"There is no array by name in {sorted(map(str, content))[:8]}, nor in "
-                f"an entry of a known name ({', '.join(ENTRIES[:12])} ...): pass which= "
-                "to name the entry of the parameters, or save model.state_dict()."
+                f"an entry of a known name ({', '.join(ENTRIES[:12])} ...): pass "
+                "which= for the entry of the parameters, or save model.state_dict()."
             )
         rest = [name for name in ENTRIES if name in entries and name != chosen]
         if rest and which is None:

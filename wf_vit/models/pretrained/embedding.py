@@ -112,9 +112,12 @@ def join_embedding(
                 "The checkpoint has no position table, so its image size is unknown: "
                 "pass image_size."
             )
-        found["image_size"] = size
-    else:
-        found["image_size"] = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+        grid = (size[0] // patch_size[0], size[1] // patch_size[1])
+    found["image_size"] = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+    # SigLIP at 384 pixels: a convolution skips what is no whole patch.
+    claimed = given.get("image_size") if grid == own_grid else None
+    sizes = zip(claimed or found["image_size"], found["image_size"], strict=True)
+    found["leftover"] = tuple(claim - own for claim, own in sizes)
     if tokens:
         parameters["prefix"] = prefix
     return parameters, found

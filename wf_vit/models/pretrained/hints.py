@@ -165,6 +165,12 @@ def hugging_face_hints(
             f"config.json says hidden_act={activation!r}; a ViT of this package has "
             f"one of {', '.join(ACTIVATIONS)}."
         )
+    gated = vision.get("use_gated_mlp") or "aimv2" in str(vision.get("model_type"))
+    if gated and activation is not None and ACTIVATIONS[activation] is not None:
+        raise UsageError(
+            f"config.json says hidden_act={activation!r} of a gated MLP; supported is "
+            "'silu', which makes it SwiGLU."
+        )
     model = {
         "num_heads": number(vision, "num_attention_heads", whole=True),
         "mlp": ACTIVATIONS.get(activation),

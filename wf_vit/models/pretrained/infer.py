@@ -43,6 +43,7 @@ class Checkpoint:
       origin: the checkpoint's own name of each, where there is one.
       resampling: how its library resizes the position table.
       image_format: how its images are prepared.
+      leftover: see ``Preprocess``.
       class_names: of its head, where they are known.
     """
 
@@ -52,6 +53,7 @@ class Checkpoint:
     resampling: Resampling
     image_format: ImageFormat
     class_names: tuple[str, ...] = ()
+    leftover: tuple[int, int] = (0, 0)
 
 
 def infer(
@@ -97,6 +99,7 @@ def infer(
     attributes["rotary"] = _rotate(parameters, attributes, hints)
     attributes |= _readout(parameters, renamed.origin, attributes, layout)
     _announce(layout, hints, attributes, num_heads)
+    leftover = attributes.pop("leftover")
     return Checkpoint(
         model=ViT(**attributes).validate(),
         parameters=parameters,
@@ -104,6 +107,7 @@ def infer(
         resampling=layout.resampling,
         image_format=dataclasses.replace(layout.image_format, **hints.image_format),
         class_names=hints.class_names,
+        leftover=leftover,
     )
 
 
@@ -115,7 +119,8 @@ def _announce(
     if not hints.known:
         if layout.torch and num_heads is None:
             assumed.append(f"num_heads={attributes['num_heads']} (pass num_heads)")
-        names = sorted({"mlp", "norm_epsilon", "pool", "rotary"} & layout.model.keys())
+        names = ["mlp", "norm_epsilon", "rotary"]
+        names += ["pool"] if "pool" in layout.model else []
         if attributes["mlp"] == "swiglu":
             names = [name for name in names if name != "mlp"]
         assumed += [f"{name}={attributes[name]}" for name in names]

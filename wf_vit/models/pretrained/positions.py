@@ -137,8 +137,8 @@ def split_positions(
             raise UsageError(
                 f"The position table has {total} entries: {alike[0][0]} x "
                 f"{alike[0][1]} patches, or {wanted[0]} x {wanted[1]} as is wanted. "
-                "Put the config.json with the checkpoint's own image_size beside it; or "
-                "load it without image_size, as square, and call resized()."
+                "Put the config.json with the checkpoint's own image_size beside it; "
+                "or load it without image_size, as square, and call resized()."
             )
         chosen = wanted
     elif squares:

@@ -77,10 +77,14 @@ class Preprocess:
     Attributes:
       image_size: ``(height, width)`` of the model, in pixels.
       image_format: what the checkpoint expects.
+      leftover: how many rows and columns of pixels, at the bottom and the right, an
+        image is resized to have beyond that, which no patch covers: 6 where a library
+        shows 384 pixels to 27 patches of 14.
     """
 
     image_size: tuple[int, int]
     image_format: ImageFormat
+    leftover: tuple[int, int] = (0, 0)
 
     def __call__(
         self, images: Iterable[UInt8[np.ndarray, "_ _ 3"]]
@@ -119,21 +123,25 @@ class Preprocess:
         place = math.floor if self.image_format.floor else round
         top, left = (
             place((have - keep) / 2)
-            for have, keep in zip(size, self.image_size, strict=True)
+            for have, keep in zip(size, self._shown(), strict=True)
         )
         height, width = self.image_size
         return np.asarray(resized)[top : top + height, left : left + width]
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Returns the size before the crop: it covers the model's, scaled by it."""
+        shown = self._shown()
         if self.image_format.crop is None:
-            return self.image_size
+            return shown
         # 224 / 0.875 must be 256 in spite of rounding.
-        rows, columns = (
-            int(s / self.image_format.crop + 1e-6) for s in self.image_size
-        )
+        rows, columns = (int(s / self.image_format.crop + 1e-6) for s in shown)
         if self.image_format.squash:
             return rows, columns
         if rows * width >= columns * height:
-            return rows, max(rows * width // height, self.image_size[1])
-        return max(columns * height // width, self.image_size[0]), columns
+            return rows, max(rows * width // height, shown[1])
+        return max(columns * height // width, shown[0]), columns
+
+    def _shown(self) -> tuple[int, int]:
+        """Returns the size of what the model is shown, leftover pixels included."""
+        height, width = self.image_size
+        return height + self.leftover[0], width + self.leftover[1]

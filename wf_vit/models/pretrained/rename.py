@@ -30,7 +30,8 @@ _PREFERRED = (
 IGNORED = re.compile(
     r"(.*[./])?(mask_token|periods|bias_mask|position_ids|relative_position_index)"
     r"|decoder(_\w+)?(\..*|$)|lm_head\..*|local_cls_norm\..*|projectors\..*"
-    r"|head\.(mlp\.\d+|last_layer|\d+)\..*|(dino|ibot)_head\..*|rope(_embed)?\..*"
+    r"|head\.(mlp\.\d+|last_layer|\d+)\..*|(dino|ibot)_head\..*"
+    r"|(.*\.)?rope(_embed)?\.(freqs_cos|freqs_sin|bands|periods|pos_embed\w*)"
     r"|text_model\..*|text_projection(\..*)?|logit_(scale|bias)"
     r"|txt/.*|t|b"
     r"|(optim\w*|opt|opt_state|criterion|(\w+_)?loss|\w*scheduler|ema)[./].*"

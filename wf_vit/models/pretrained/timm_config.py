@@ -30,6 +30,10 @@ ACTIVATIONS = {
 # Blocks with the names of a pre-norm ViT that compute something else.
 _OTHER_BLOCKS = re.compile(r"_rpn_|eva02_enormous")
 
+# Of these every architecture was compared with timm's; of others (somebody's own) what
+# is assumed is said.
+_FAMILIES = r"(vit|deit3?|eva|eva02|beit|beitv2|aimv2)_"
+
 
 def _pe_rope(side: float, offset: float = 1.0) -> Rope:
     rotary = Rotary(10_000.0, span=(side, side), offset=offset)
@@ -119,13 +123,14 @@ def timm_hints(config: Mapping[str, Any]) -> Hints:
             "num_heads": number(arguments, "num_heads", whole=True),
             "pool_heads": number(arguments, "attn_pool_num_heads", whole=True),
             "pool": POOLINGS.get(pool),
-            "pool_tokens": all_tokens and "all",
+            "pool_tokens": "all" if all_tokens else None,
             "image_size": size,
             "mlp": ACTIVATIONS.get(activation),
         }
     )
     names = config.get("label_names", ())
-    return Hints(model, _images(images), tuple(map(str, names)), known=True)
+    known = re.match(_FAMILIES, architecture) is not None
+    return Hints(model, _images(images), tuple(map(str, names)), known=known)
 
 
 def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
