@@ -11,6 +11,7 @@ image size, the images, the ``tokens`` after the final norm and the ``logits``.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from timm.models.vision_transformer import _load_weights
+
+from benchmarks.checkpoints import as_apple, as_clip, as_meta_dinov3, with_decoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {
@@ -49,7 +52,7 @@ def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            gain = any(n in name for n in ("norm", "ls", "lambda1"))
+            gain = any(n in name for n in ("norm", "ln_", "ls", "lambda", "gamma"))
             is_gain = parameter.ndim == 1 and gain and not name.endswith("bias")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.3 * noise)
     return model.eval()
@@ -79,26 +82,36 @@ def fresh(name: str) -> Path:
 
 def timm_outputs(model, sizes=SIZES) -> dict:
     """Runs a timm model at several sizes, resizing its own position table."""
-    table = model.pos_embed.detach().clone()
+    table = None if model.pos_embed is None else model.pos_embed.detach().clone()
+
+    def set_size(size) -> None:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+
+    def restore() -> None:
+        set_size(SMALL["img_size"])
+        if table is not None:
+            model.pos_embed.data = table
+
     outputs = {}
     for size in sizes:
-        model.set_input_size(img_size=SMALL["img_size"])
-        model.pos_embed.data = table
-        model.set_input_size(img_size=size)
+        restore()
+        set_size(size)
         features = model.forward_features(images(size))
         outputs[size] = {"logits": model.forward_head(features)}
         if isinstance(model.fc_norm, torch.nn.Identity):
             outputs[size]["tokens"] = features
-    model.set_input_size(img_size=SMALL["img_size"])
-    model.pos_embed.data = table
+    restore()
     return outputs
 
 
-def make_timm(name: str, architecture: str, seed: int, **options) -> None:
+def make_timm(
+    name: str, architecture: str, seed: int, *, sizes=SIZES, **options
+) -> None:
     options = {**SMALL, "num_classes": 5, **options}
     model = randomize(timm.create_model(architecture, **options), seed)
     folder = fresh(name)
-    save_expected(folder, timm_outputs(model))
+    save_expected(folder, timm_outputs(model, sizes))
     save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()},
         folder / "model.safetensors",
@@ -107,7 +120,7 @@ def make_timm(name: str, architecture: str, seed: int, **options) -> None:
         "architecture": architecture,
         "num_classes": 5,
         "global_pool": model.global_pool,
-        "model_args": {key: options[key] for key in SMALL},
+        "model_args": {k: v for k, v in options.items() if k != "num_classes"},
         "pretrained_cfg": {
             "input_size": [3, 224, 224],
             "mean": [0.5, 0.4, 0.3],
@@ -120,8 +133,39 @@ def make_timm(name: str, architecture: str, seed: int, **options) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def make_renamed(
+    name: str, architecture: str, rename: Callable, seed: int, *, sizes=SIZES, **options
+) -> None:
+    """Saves timm's weights under another library's names, without a config."""
+    options = {**SMALL, "num_classes": 0, **options}
+    model = randomize(timm.create_model(architecture, **options), seed)
+    if isinstance(model.head, torch.nn.Linear):
+        # A projection has none.
+        torch.nn.init.zeros_(model.head.bias)
+    folder = fresh(name)
+    save_expected(folder, timm_outputs(model, sizes))
+    state = rename(model.state_dict())
+    arrays = {k: v.contiguous() for k, v in state.get("model", state).items()}
+    save_file(arrays, folder / "model.safetensors")
+
+
+def as_moco(state: dict) -> dict:
+    """MoCo v3's names: two encoders with their heads, and a predictor."""
+    names = {f"module.base_encoder.{k}": v for k, v in state.items()}
+    names |= {f"module.momentum_encoder.{k}": 0 * v for k, v in state.items()}
+    names["module.base_encoder.head.0.weight"] = torch.ones(8)
+    return names | {"module.predictor.0.weight": torch.ones(8)}
+
+
 def make_hugging_face(
-    name: str, model_class, config, seed: int, *, dtype=torch.float32, in_memory=False
+    name: str,
+    model_class,
+    config,
+    seed: int,
+    *,
+    dtype=torch.float32,
+    in_memory=False,
+    sizes=SIZES,
 ) -> None:
     """Saves a model as published; ``in_memory``, under transformers 5's own names."""
     model = randomize(model_class(config), seed)
@@ -130,19 +174,46 @@ def make_hugging_face(
     if in_memory:
         save_file(model.state_dict(), folder / "model.safetensors")
     model.float()
-    backbone = getattr(model, model.base_model_prefix, model)
+    classifies = "ForImageClassification" in model_class.__name__
+    backbone = model
+    if classifies and config.model_type not in ("clip", "siglip"):
+        backbone = getattr(model, model.base_model_prefix)
     outputs = {}
-    for size in SIZES:
+    for size in sizes:
         resize = {}
-        if "dinov2" not in config.model_type:
+        if len(sizes) > 1 and "dinov" not in config.model_type:
             resize = {"interpolate_pos_encoding": True}
         output = backbone(images(size), **resize)
-        outputs[size] = {"tokens": output.last_hidden_state}
-        if backbone is model:
-            outputs[size]["pooled"] = output.pooler_output
-        else:
+        outputs[size] = {}
+        if config.model_type.partition("_")[0] not in ("clip", "beit"):
+            # Their final norm is of what the head reads alone.
+            outputs[size]["tokens"] = getattr(output, "last_hidden_state", None)
+        if classifies:
             outputs[size]["logits"] = model(images(size), **resize).logits
+        else:
+            pooled = getattr(output, "image_embeds", None)
+            outputs[size]["pooled"] = output.pooler_output if pooled is None else pooled
+        outputs[size] = {k: v for k, v in outputs[size].items() if v is not None}
     save_expected(folder, outputs)
+
+
+def make_mae(name: str, seed: int) -> None:
+    """Saves a masked autoencoder, decoder included; nothing is masked."""
+    config = transformers.ViTMAEConfig(
+        **HF_SMALL,
+        mask_ratio=0.0,
+        decoder_hidden_size=8,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=8,
+    )
+    model = randomize(transformers.ViTMAEForPreTraining(config), seed)
+    folder = fresh(name)
+    model.save_pretrained(folder)
+    noise = torch.arange(16.0)[None]
+    size = SIZES[0]
+    tokens = model.vit(images(size), noise=noise).last_hidden_state
+    save_expected(folder, {size: {"tokens": tokens}})
 
 
 def google_arrays(*, big_vision: bool, seed: int, pool: str, stacked: bool) -> dict:
@@ -292,6 +363,102 @@ def main() -> None:
     make_google("google_augreg", pool="cls", seed=12, **google)
     make_google("big_vision_map", big_vision=True, pool="map", stacked=True, seed=13)
     make_google("big_vision_mean", big_vision=True, pool="mean", stacked=False, seed=14)
+    make_families()
+
+
+def make_families() -> None:
+    """The families of 2021 to 2026 in the layouts that they are published in."""
+    own = SIZES[:1]
+    rotary = {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"}
+    make_hugging_face(
+        "hf_dinov3_gated",
+        transformers.DINOv3ViTModel,
+        transformers.DINOv3ViTConfig(**HF_SMALL, **rotary),
+        15,
+    )
+    make_timm("timm_dinov3", "vit_small_patch16_dinov3_qkvb", 16)
+    make_renamed(
+        "meta_dinov3",
+        "vit_small_plus_patch16_dinov3_qkvb",
+        as_meta_dinov3,
+        17,
+        global_pool="token",
+    )
+    make_timm("timm_eva02_packed", "eva02_tiny_patch14_336", 18)
+    make_timm("timm_eva02_inner_norm", "eva02_base_patch14_448", 19)
+    make_timm("timm_eva", "eva_giant_patch14_224", 20)
+    pooling = {"attn_pool_num_heads": 4, "attn_pool_mlp_ratio": 1.0}
+    core = "vit_pe_core_tiny_patch16_384"
+    make_timm("timm_pe_core", core, 21, **pooling)
+    make_renamed(
+        "meta_pe_spatial",
+        "vit_pe_spatial_small_patch16_512",
+        as_clip,
+        22,
+        ref_feat_shape=(4, 4),
+    )
+    vision = {k: v for k, v in HF_SMALL.items() if k != "num_labels"}
+    make_hugging_face(
+        "hf_clip_projection",
+        transformers.CLIPVisionModelWithProjection,
+        transformers.CLIPVisionConfig(**vision, projection_dim=12),
+        23,
+    )
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"intermediate_size": 8, "vocab_size": 100}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    both = {"vision_config": vision, "text_config": text, "num_labels": 5}
+    make_hugging_face(
+        "hf_clip_classifier",
+        transformers.CLIPForImageClassification,
+        transformers.CLIPConfig(**both),
+        24,
+        sizes=own,
+    )
+    make_renamed(
+        "openai_clip", "vit_base_patch32_clip_quickgelu_224", as_clip, 25, num_classes=12
+    )
+    make_hugging_face(
+        "hf_siglip",
+        transformers.SiglipVisionModel,
+        transformers.SiglipVisionConfig(**vision),
+        26,
+    )
+    make_hugging_face(
+        "hf_siglip_classifier",
+        transformers.SiglipForImageClassification,
+        transformers.SiglipConfig(**both),
+        27,
+        sizes=own,
+    )
+    make_timm("timm_siglip2", "vit_base_patch32_siglip_256", 28)
+    make_timm(
+        "timm_map_of_patches",
+        "vit_base_patch32_siglip_256",
+        29,
+        class_token=True,
+        reg_tokens=2,
+    )
+    make_hugging_face(
+        "hf_aimv2",
+        transformers.Aimv2VisionModel,
+        transformers.Aimv2VisionConfig(**vision),
+        30,
+        sizes=own,
+    )
+    make_renamed("apple_aimv2", "aimv2_large_patch14_224", as_apple, 31)
+    make_mae("hf_mae", 32)
+    make_renamed("meta_mae", "vit_tiny_patch16_224", with_decoder, 33)
+    make_renamed("moco_v3", "vit_tiny_patch16_224", as_moco, 34)
+    make_hugging_face(
+        "hf_beit",
+        transformers.BeitForImageClassification,
+        transformers.BeitConfig(**HF_SMALL, use_relative_position_bias=True),
+        35,
+        sizes=own,
+    )
+    make_timm("timm_beit", "beitv2_base_patch16_224", 36, sizes=own)
+    make_timm("timm_rope_vit", "vit_small_patch16_rope_ape_224", 37)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tests.models.pretrained.checkpoints import (
     compute,
     copy_with,
     expected_of,
-    source_of,
+    load,
 )
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
@@ -25,7 +25,7 @@ def test_computes_what_the_source_library_does(name):
     assert "16x16" in outputs
     for size, expected in outputs.items():
         images = expected.pop("images")
-        loaded = pretrained.load(source_of(name), image_size=images.shape[1:3])
+        loaded = load(name, image_size=images.shape[1:3])
         assert loaded.model.image_size == loaded.preprocess.image_size
         got = compute(loaded, images)
         assert expected
@@ -75,7 +75,7 @@ def test_every_mismatch_is_listed_by_name(tmp_path):
             "missing: blocks_0/attention/value/kernel",
             "unknown: blocks.0.attn.qkv.weight (here blocks_0/attention/qkv/kernel)",
             "unknown: blocks.0.attn.q_norm.weight (here blocks_0/attn.q_norm/scale)",
-            "unknown: norm_pre.weight (here norm_pre/scale)",
+            "missing: embedding_norm/bias",
             "misshapen: blocks.1.mlp.fc1.weight (here blocks_1/mlp/up/kernel) is "
             "(16, 25), expected (16, 24)",
         ]
