@@ -416,7 +416,11 @@ def make_families() -> None:
         sizes=own,
     )
     make_renamed(
-        "openai_clip", "vit_base_patch32_clip_quickgelu_224", as_clip, 25, num_classes=12
+        "openai_clip",
+        "vit_base_patch32_clip_quickgelu_224",
+        as_clip,
+        25,
+        num_classes=12,
     )
     make_hugging_face(
         "hf_siglip",

@@ -10,8 +10,8 @@ import pytest
 from tests.networks import SMALL, apply, images_for, random_params
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
-from wf_vit.models.registry import ModelConfig
 from wf_vit.models.positions import sincos_positions
+from wf_vit.models.registry import ModelConfig
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 

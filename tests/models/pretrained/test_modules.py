@@ -35,12 +35,14 @@ def timm_module(name):
     config = config_of(name)
     arguments = config["model_args"]
     attention = types.SimpleNamespace(num_heads=arguments["num_heads"])
+    mlp = types.SimpleNamespace(act=type("GELU", (), {})())
+    block = type("Block", (types.SimpleNamespace,), {})(attn=attention, mlp=mlp)
     size = (arguments["img_size"], arguments["img_size"])
     return module(
         name,
         pretrained_cfg=config["pretrained_cfg"],
         global_pool=config["global_pool"],
-        blocks=[types.SimpleNamespace(attn=attention)],
+        blocks=[block],
         patch_embed=types.SimpleNamespace(img_size=size),
     )
 

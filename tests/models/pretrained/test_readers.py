@@ -1,5 +1,6 @@
 """Files, folders and the hub: what is read from them, and what cannot be."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -12,19 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.models.pretrained.checkpoints import FIXTURES, copy_with, source_of
+from tests.models.pretrained.checkpoints import FIXTURES, source_of
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
-from wf_vit.models.pretrained import readers
-from wf_vit.models.pretrained.preprocess import HALF, IMAGENET, ImageFormat
-
-
-def test_training_checkpoints_are_unwrapped():
-    state = {"blocks": 1}
-    assert readers.unwrap(state) == state
-    assert readers.unwrap({"model": state, "epoch": 3}) == state
-    both = {"student": {}, "teacher": {"state_dict": state}, "model": {}}
-    assert readers.unwrap(both) == state
 
 
 def test_half_precision_files(tmp_path):
@@ -69,9 +60,9 @@ def test_what_cannot_be_read_is_explained(tmp_path):
         pretrained.load(tmp_path)
     with pytest.raises(UsageError, match="first names are: conv_root"):
         pretrained.load(tmp_path / "a.npz")
-    (tmp_path / "a.ckpt").touch()
+    (tmp_path / "a.h5").touch()
     with pytest.raises(UsageError, match="convert it first"):
-        pretrained.load(tmp_path / "a.ckpt")
+        pretrained.load(tmp_path / "a.h5")
 
 
 def test_a_pth_without_torch_is_explained(tmp_path, monkeypatch):
@@ -104,33 +95,70 @@ def test_the_hub(monkeypatch):
         pretrained.load("hf://owner/hf_vit")
 
 
-def test_unknown_activations_are_refused(tmp_path):
-    folder = copy_with("hf_vit", tmp_path, lambda arrays: None)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
-    with pytest.raises(UsageError, match="hidden_act='relu'"):
-        pretrained.load(folder)
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_damaged_files_are_named_with_what_to_do(tmp_path, suffix):
+    arrays = load_file(FIXTURES / "timm_vit/model.safetensors")
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        save_file(arrays, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"\0" * 64, whole[9:]):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=rf"weights\{suffix} .*Download it again"):
+            pretrained.load(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\n")
+    with pytest.raises(UsageError, match="git lfs pull"):
+        pretrained.load(path)
 
 
-def test_recipes_come_from_the_files_beside_the_weights(tmp_path):
-    timm = pretrained.load(FIXTURES / "timm_vit").preprocess.image_format
-    assert timm == ImageFormat((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9)
-    folder = copy_with("hf_vit", tmp_path, lambda arrays: None)
-    assert pretrained.load(folder).preprocess.image_format == ImageFormat(
-        *HALF, "bilinear", None
-    )
-    dinov2 = {
-        "image_mean": IMAGENET[0],
-        "image_std": IMAGENET[1],
-        "size": {"shortest_edge": 256},
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-        "resample": 3,
+def test_an_npz_of_python_objects_is_not_unpickled(tmp_path):
+    np.savez(tmp_path / "a.npz", weights=np.asarray([{"a": 1}], object))
+    with pytest.raises(UsageError, match=r"a\.npz .* cannot be read"):
+        pretrained.load(tmp_path / "a.npz")
+
+
+def test_a_broken_index_of_shards_is_named(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(UsageError, match="no weight_map"):
+        pretrained.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(UsageError, match="outside of its folder"):
+        pretrained.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_torch_files_are_read_or_explained_and_never_unpickled(tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = load_file(FIXTURES / "timm_vit/model.safetensors")
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    expected = pretrained.load(arrays, num_heads=2).params
+    extras = {
+        "args": argparse.Namespace(lr=0.1),
+        "best": np.float64(0.5),
+        "step": np.int64(3),
+        "epoch": 3,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []},
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(dinov2))
-    recipe = pretrained.load(folder).preprocess.image_format
-    assert recipe == ImageFormat(*IMAGENET, "bicubic", 0.875)
-    for size, crop in (({"height": 224, "width": 224}, None), (224, None)):
-        preprocessor = {**dinov2, "size": size, "do_center_crop": False}
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-        assert pretrained.load(folder).preprocess.image_format.crop == crop
+    for suffix in (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"):
+        path = tmp_path / f"weights{suffix}"
+        torch.save({"state_dict": state, **extras}, path)
+        got = pretrained.load(path, num_heads=2).params
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    module = torch.nn.Linear(2, 2)
+    for content, message in (
+        (module, "never runs the code"),
+        ({"model": module}, "never runs the code"),
+        ([state], "holds a list"),
+        ({"epoch": 3}, "no array by name"),
+    ):
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(UsageError, match=message):
+            pretrained.load(tmp_path / "odd.pth")
+    whole = (tmp_path / "weights.pth").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"\0" * 64, whole[9:]):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(UsageError, match=r"cut\.pth"):
+            pretrained.load(tmp_path / "cut.pth")

@@ -55,47 +55,35 @@ def arrays_in(content: Any, *, which: str | None) -> dict[str, np.ndarray]:
     Raises:
       UsageError: there are no arrays, or no entry of the name ``which``.
     """
-    wanted = which
+    if not isinstance(content, Mapping):
+        raise UsageError(
+            f"The checkpoint holds a {type(content).__name__}, expected a state dict, "
+            "parameters by name: save model.state_dict()."
+        )
+    if which is not None:
+        content = _entry(content, which)
     while True:
-        if not isinstance(content, Mapping):
-            raise UsageError(
-                f"The checkpoint holds a {type(content).__name__}, expected a state "
-                "dict, parameters by name: save model.state_dict()."
-            )
-        entries = {
-            str(name): value
-            for name, value in content.items()
-            if isinstance(value, Mapping) and _holds_arrays(value)
-        }
-        if wanted is not None and wanted in entries:
-            chosen, wanted = wanted, None
-        elif any(hasattr(value, "shape") and value.shape for value in content.values()):
+        entries = _entries(content)
+        known = [name for name in ENTRIES if name in entries]
+        if not known and any(_is_array(value) for value in content.values()):
             break
-        else:
-            chosen = next((name for name in ENTRIES if name in entries), None)
-            if chosen is None and len(entries) == 1:
-                (chosen,) = entries
-        if chosen is None:
+        if not known and len(entries) == 1:
+            known = list(entries)
+        if not known:
             raise UsageError(
                 f"There is no array by name in {sorted(map(str, content))[:8]}, nor in "
                 f"an entry of a known name ({', '.join(ENTRIES[:12])} ...): pass "
                 "which= for the entry of the parameters, or save model.state_dict()."
             )
-        rest = [name for name in ENTRIES if name in entries and name != chosen]
-        if rest and which is None:
+        chosen, *rest = known
+        if rest:
             _LOG.warning(
                 "The checkpoint holds %s and %s: %s is taken; pass which= for another.",
                 chosen,
                 " and ".join(rest),
                 chosen,
             )
-        content = content[chosen]
-    if wanted is not None:
-        raise UsageError(
-            f"which is {wanted!r}, but the checkpoint has "
-            f"{', '.join(map(repr, entries)) or 'no entries, only parameters'}: name "
-            "one of those, or leave it out."
-        )
+        content = entries[chosen]
     arrays = {
         str(name): np.asarray(as_array(value, str(name)))
         for name, value in content.items()
@@ -107,13 +95,40 @@ def arrays_in(content: Any, *, which: str | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _holds_arrays(value: Mapping[Any, Any]) -> bool:
-    """Whether there are arrays by name in it, or in an entry of it."""
-    return any(
-        isinstance(name, str)
-        and (
-            (hasattr(inner, "shape") and bool(inner.shape))
-            or (isinstance(inner, Mapping) and _holds_arrays(inner))
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of numbers, and not one number alone."""
+    return bool(getattr(value, "shape", ()))
+
+
+def _entries(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """Returns the entries of one level that hold arrays by name, at any depth."""
+
+    def holds(value: Mapping[Any, Any]) -> bool:
+        return any(
+            isinstance(name, str)
+            and (_is_array(inner) or (isinstance(inner, Mapping) and holds(inner)))
+            for name, inner in value.items()
         )
-        for name, inner in value.items()
+
+    return {
+        str(name): value
+        for name, value in content.items()
+        if isinstance(value, Mapping) and holds(value)
+    }
+
+
+def _entry(content: Mapping[Any, Any], wanted: str) -> Mapping[Any, Any]:
+    """Returns the entry of a name, at any depth; raises UsageError without one."""
+    level, seen = [content], []
+    while level:
+        entries = [_entries(c) for c in level]
+        for found in entries:
+            if wanted in found:
+                return found[wanted]
+            seen += found
+        level = [value for found in entries for value in found.values()]
+    raise UsageError(
+        f"which is {wanted!r}, but the checkpoint has "
+        f"{', '.join(map(repr, seen)) or 'no entries, only parameters'}: name one of "
+        "those, or leave it out."
     )

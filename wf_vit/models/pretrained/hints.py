@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from wf_vit.errors import UsageError
 from wf_vit.models.positions import DINOV3_ROTARY
 from wf_vit.models.pretrained.layouts import DINOV3_ROPE
+from wf_vit.models.pretrained.preprocess import Triple
 
 _LOG = logging.getLogger(__name__)
 
@@ -117,6 +119,25 @@ def pair(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
         f"The config says {key}={value!r}, expected one whole number or two: correct "
         "it."
     )
+
+
+def triple(config: Mapping[str, Any], key: str) -> Triple | None:
+    """Returns a number for each channel, or None if it is not there.
+
+    Raises:
+      UsageError: it is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return None
+    values = value if isinstance(value, list | tuple) else (value,) * 3
+    if len(values) != 3 or not all(
+        isinstance(x, int | float) and math.isfinite(x) for x in values
+    ):
+        raise UsageError(
+            f"The config says {key}={value!r}, expected three numbers: correct it."
+        )
+    return tuple(float(x) for x in values)
 
 
 def said(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,17 +270,10 @@ def _scale(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
         factor = number(preprocessor, "rescale_factor") or 1 / 255
     mean, std = (0.0,) * 3, (1.0,) * 3
     if preprocessor.get("do_normalize", True):
-        if not {"image_mean", "image_std"} <= preprocessor.keys():
+        mean, std = (triple(preprocessor, f"image_{x}") for x in ("mean", "std"))
+        if mean is None or std is None:
             return {}
-        mean, std = preprocessor["image_mean"], preprocessor["image_std"]
-        mean, std = ((x,) * 3 if isinstance(x, int | float) else x for x in (mean, std))
-    try:
-        mean, std = (tuple(float(x) / (255 * factor) for x in y) for y in (mean, std))
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"preprocessor_config.json says image_mean={mean!r} and image_std={std!r},"
-            " expected three numbers each."
-        ) from error
+    mean, std = (tuple(x / (255 * factor) for x in y) for y in (mean, std))
     return {"mean": mean, "std": std}
 
 

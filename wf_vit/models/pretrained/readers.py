@@ -176,6 +176,9 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise UsageError(f"{index} has no weight_map: download it again.")
+    outside = sorted(f for f in set(files.values()) if Path(str(f)).name != f)
+    if outside:
+        raise UsageError(f"{index} names files outside of its folder: {outside}.")
     missing = sorted(f for f in set(files.values()) if not (index.parent / f).exists())
     if missing:
         raise UsageError(f"{index} names files that are not there: {missing}.")

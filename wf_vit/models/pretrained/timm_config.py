@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wf_vit.errors import UsageError
-from wf_vit.models.pretrained.hints import Hints, number, pair, said
+from wf_vit.models.pretrained.hints import Hints, number, pair, said, triple
 from wf_vit.models.pretrained.layouts import (
     DINOV3_ROPE,
     EVA02_ROPE,
@@ -142,11 +142,7 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _images(images: Mapping[str, Any]) -> dict[str, Any]:
     """Returns how images are prepared, from timm's ``pretrained_cfg``."""
-    hints = {
-        key: tuple(map(float, images[key]))
-        for key in ("mean", "std")
-        if images.get(key) is not None
-    }
+    hints = said({key: triple(images, key) for key in ("mean", "std")})
     interpolation = images.get("interpolation")
     if interpolation is not None:
         if interpolation not in INTERPOLATIONS:
