@@ -9,6 +9,7 @@ import pytest
 from tests.networks import SMALL, apply, images_for, random_params
 from wf_vit import interventions
 from wf_vit.errors import UsageError
+from wf_vit.models.positions import DINOV3_ROTARY, Rotary
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 
@@ -18,6 +19,9 @@ MODELS = {
     "vit": ViT(**SIZE),
     "mean-pooled vit": ViT(**SIZE | {"pool": "mean"}),
     "windowfree": WindowFreeViT(**SIZE),
+    "rotary": ViT(**SIZE, rotary=DINOV3_ROTARY),
+    "relative": ViT(**SIZE, relative_positions=True),
+    "rotary windowfree": WindowFreeViT(**SIZE, rotary=Rotary(100.0, (4.0, 3.0), 1.0)),
     "hard windowfree": WindowFreeViT(**SIZE, fields=FieldConfig(threshold=0.2)),
 }
 
@@ -69,7 +73,7 @@ def test_survivors_are_as_if_the_others_were_masked(network):
     ]
     masked, _ = network(network.stream, start=START, bias=bias, method="encode")
     survivors = jnp.take_along_axis(masked, prefix + patches[..., None], axis=1)
-    np.testing.assert_allclose(left[:, prefix:], survivors, atol=1e-5)
+    np.testing.assert_allclose(left[:, prefix:], survivors, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(left[:, :prefix], masked[:, :prefix], atol=1e-5)
     unmasked, _ = network(network.stream, start=START, method="encode")
     assert np.abs(masked - unmasked)[:, :prefix].max() > 1e-3

@@ -11,6 +11,20 @@ from wf_vit.models import pretrained
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
+# One of each kind of model that opens.
+KINDS = (
+    "timm_dinov2_registers_swiglu",
+    "hf_dinov3_gated",
+    "timm_eva02_inner_norm",
+    "timm_pe_core",
+    "hf_clip_projection",
+    "hf_siglip",
+    "timm_map_of_patches",
+    "hf_aimv2",
+    "hf_beit",
+    "timm_mean_fc_norm",
+)
+
 
 def source_of(name: str) -> Path:
     weights = FIXTURES / name / "weights.npz"
@@ -21,7 +35,7 @@ def load(name: str, **options) -> pretrained.Pretrained:
     """Opens a fixture; those without a config have 2 heads, which nothing tells."""
     folder = FIXTURES / name
     if not (folder / "config.json").exists() and not (folder / "weights.npz").exists():
-        options = {"num_heads": 2, **options}
+        options = {"num_heads": 2, "image_size": 16, **options}
     return pretrained.load(source_of(name), **options)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models.pretrained.checkpoints import compute
+from tests.models.pretrained.checkpoints import FIXTURES, compute
 from tests.networks import random_params
 from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
@@ -71,3 +71,29 @@ def test_a_run_without_checkpoints_or_config_is_explained(tmp_path, run_folder):
     shutil.copytree(run_folder[0] / "checkpoints", tmp_path / "b/checkpoints")
     with pytest.raises(UsageError, match=r"config\.json is missing"):
         pretrained.load(tmp_path / "b")
+
+
+def test_a_folder_called_checkpoints_is_not_a_run_for_its_name(tmp_path, run_folder):
+    expected = pretrained.load(FIXTURES / "timm_vit").params
+
+    def assert_opens(source):
+        got = pretrained.load(source, num_heads=2).params
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+    foreign = tmp_path / "checkpoints"
+    shutil.copytree(FIXTURES / "timm_vit", foreign)
+    (foreign / "config.json").unlink()
+    assert_opens(foreign / "model.safetensors")
+    assert_opens(foreign)
+    # Somebody's numbered folder, and an empty one beside the weights.
+    shutil.copytree(foreign, tmp_path / "other/checkpoints/12")
+    assert_opens(tmp_path / "other/checkpoints/12")
+    assert_opens(tmp_path / "other/checkpoints/12/model.safetensors")
+    (foreign / "checkpoints").mkdir()
+    assert_opens(foreign)
+    # A run, though its folder is that of another program.
+    shutil.copytree(run_folder[0], tmp_path / "c")
+    for config in ('{"train": {"lr": 0.1}}', '{"data": 3}', "[]"):
+        (tmp_path / "c/config.json").write_text(config)
+        with pytest.raises(UsageError, match=r"config\.json"):
+            pretrained.load(tmp_path / "c")
