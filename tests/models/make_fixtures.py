@@ -84,12 +84,14 @@ def timm_outputs(model, sizes=SIZES) -> dict:
     """Runs a timm model at several sizes, resizing its own position table."""
     table = None if model.pos_embed is None else model.pos_embed.detach().clone()
 
+    own = model.patch_embed.img_size or SMALL["img_size"]
+
     def set_size(size) -> None:
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
 
     def restore() -> None:
-        set_size(SMALL["img_size"])
+        set_size(own)
         if table is not None:
             model.pos_embed.data = table
 
@@ -462,6 +464,16 @@ def make_families() -> None:
         sizes=own,
     )
     make_timm("timm_beit", "beitv2_base_patch16_224", 36, sizes=own)
+    # n x (n + 2) patches and CLS are as many as (n + 1)^2 patches.
+    oblong = {"sizes": ((12, 20),)}
+    make_timm("timm_oblong", "vit_tiny_patch16_224", 38, img_size=(12, 20), **oblong)
+    make_hugging_face(
+        "hf_oblong",
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig(**HF_SMALL | {"image_size": (12, 20)}),
+        39,
+        **oblong,
+    )
     make_timm("timm_rope_vit", "vit_small_patch16_rope_ape_224", 37)
 
 

@@ -22,7 +22,7 @@ NAMES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 @pytest.mark.parametrize("name", NAMES)
 def test_computes_what_the_source_library_does(name):
     outputs = expected_of(name)
-    assert "16x16" in outputs
+    assert outputs
     for size, expected in outputs.items():
         images = expected.pop("images")
         loaded = load(name, image_size=images.shape[1:3])
@@ -33,6 +33,20 @@ def test_computes_what_the_source_library_does(name):
             np.testing.assert_allclose(
                 got[kind], array, atol=1e-5, err_msg=f"{kind} at {size}"
             )
+
+
+@pytest.mark.parametrize("name", ["timm_oblong", "hf_oblong"])
+def test_an_oblong_grid_is_the_configs_or_the_callers(tmp_path, name):
+    """3 x 5 patches and CLS have as many positions as 4 x 4 patches."""
+    ((_, expected),) = expected_of(name).items()
+    loaded = pretrained.load(FIXTURES / name)
+    assert loaded.model.image_size == (12, 20)
+    folder = copy_with(name, tmp_path, lambda arrays: None)
+    (folder / "config.json").unlink()
+    bare = pretrained.load(folder, image_size=(12, 20), num_heads=2)
+    for opened in (loaded, bare):
+        got = compute(opened, expected["images"])
+        np.testing.assert_allclose(got["logits"], expected["logits"], atol=1e-5)
 
 
 def test_the_real_dinov2_within_the_stated_bounds(shared):
