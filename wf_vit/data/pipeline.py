@@ -251,10 +251,11 @@ def _first_failure(
     source: Source, records: tf.data.Dataset, example: Callable[..., Record]
 ) -> str:
     """Returns the ``id`` of the first record on which ``example`` fails."""
+    as_graph = tf.function(example)  # So that the failure is the same as in a batch.
     for element in records:
         arguments = element if isinstance(element, tuple) else (element,)
         try:
-            example(*arguments)
+            as_graph(*arguments)
         except tf.errors.InvalidArgumentError:
             return source.load(arguments[0])["id"].numpy().decode()
     return "(which one was not found)"

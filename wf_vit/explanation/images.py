@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from wf_vit.arrays import as_array
+from wf_vit.data import pixels
+from wf_vit.data.pixels import Photograph, UnreadableImageError
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.preprocess import INTERPOLATIONS, Preprocess
 
 # How a photograph comes to the size that the model sees.
 FITS = ("whole", "crop", "model")
-
-# Of any size; a function may take one size and return another.
-Photograph = UInt8[np.ndarray, "_ _ 3"]
 
 # What is taken for an image in a folder; a file that is named is read in any case.
 SUFFIXES = (
@@ -48,10 +46,6 @@ class Source(NamedTuple):
 
     name: str
     path: Path
-
-
-class UnreadableImageError(ValueError):
-    """A file is no image that can be decoded."""
 
 
 def find(paths: str, *, leave_out: Path) -> list[Source]:
@@ -136,31 +130,16 @@ def size(path: Path) -> tuple[int, int]:
     Raises:
       UnreadableImageError: the file is no image.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    # Broken files make decoders raise nearly anything, and a folder must go on.
-    except Exception as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    return pixels.size(path)
 
 
 def read(path: Path) -> Photograph:
-    """Reads an image as people see it: upright, in colour, opaque.
-
-    The camera's orientation (EXIF) is applied, what is transparent lies on white,
-    grey and palettes become RGB, 16 bits become 8, and an animation gives its first
-    frame.
+    """Reads an image as people see it; ``wf_vit.data.pixels`` says how.
 
     Raises:
       UnreadableImageError: the file cannot be decoded; says why.
     """
-    try:
-        with Image.open(path) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
-    # Broken files make decoders raise nearly anything, and a folder must go on.
-    except Exception as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    return pixels.read(path)
 
 
 def as_photograph(image: Any) -> Photograph:
@@ -184,7 +163,7 @@ def as_photograph(image: Any) -> Photograph:
             raise UsageError(f"{path} cannot be read as an image: {error}") from error
     if isinstance(image, Image.Image):
         try:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return pixels.as_rgb(image)
         except ValueError as error:
             raise UsageError(f"The image cannot be shown: {error}.") from error
     return _array_as_rgb(np.asarray(as_array(image, "image")))
@@ -278,17 +257,3 @@ def fitted(photograph: Photograph, preprocess: Preprocess, fit: str) -> Photogra
     if fit == "crop":
         return np.asarray(ImageOps.fit(image, size, resample))
     return np.asarray(image.resize(size, resample))
-
-
-def _as_rgb(image: Image.Image) -> Photograph:
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range, convert it first")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        gray = np.clip(levels // 257, 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
