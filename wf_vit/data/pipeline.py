@@ -257,7 +257,11 @@ def _first_failure(
         try:
             as_graph(*arguments)
         except tf.errors.InvalidArgumentError:
-            return source.load(arguments[0])["id"].numpy().decode()
+            return (
+                source.load(arguments[0])["id"]
+                .numpy()
+                .decode(errors="backslashreplace")
+            )
     return "(which one was not found)"
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -12,27 +13,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from wf_vit.arrays import as_array
-from wf_vit.data import pixels
+from wf_vit.data import files, pixels
 from wf_vit.data.pixels import Photograph, UnreadableImageError
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.preprocess import INTERPOLATIONS, Preprocess
 
+_LOG = logging.getLogger(__name__)
+
 # How a photograph comes to the size that the model sees.
 FITS = ("whole", "crop", "model")
-
-# What is taken for an image in a folder; a file that is named is read in any case.
-SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
 
 
 class Source(NamedTuple):
@@ -53,7 +42,7 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
 
     Args:
       paths: a file, a folder, or several of them with commas between. A folder is
-        searched with its subfolders, hidden files and folders aside.
+        searched with its subfolders (``wf_vit.data.files`` says what is an image).
       leave_out: a folder in which no image is looked for: the results.
 
     Returns:
@@ -63,7 +52,8 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
       UsageError: a path does not exist, or there is no image.
     """
     given = [paths] if os.path.exists(paths) else paths.split(",")
-    roots = [Path(os.path.abspath(path.strip())) for path in given if path.strip()]
+    names = dict.fromkeys(os.path.abspath(p.strip()) for p in given if p.strip())
+    roots = [Path(name) for name in names]
     for root in roots:
         if not root.exists():
             raise UsageError(
@@ -71,14 +61,14 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
                 "folder, or several of them with commas between."
             )
     results = Path(os.path.abspath(leave_out))
-    files = {file for root in roots for file in _files(root, results)}
-    if not files:
+    found = {file for root in roots for file in _files(root, results)}
+    if not found:
         raise UsageError(
             f"config.images is {paths!r}, in which there is no image: pass a file, or "
-            f"a folder of files that end in {', '.join(SUFFIXES)}."
+            f"a folder of files that end in {', '.join(files.SUFFIXES)}."
         )
     common = os.path.commonpath([r if r.is_dir() else r.parent for r in roots])
-    short = {file: file.relative_to(common).with_suffix("") for file in files}
+    short = {file: file.relative_to(common).with_suffix("") for file in found}
     # A folder may have the name that a file has without its suffix.
     count = collections.Counter(short.values())
     count.update(folder for name in short.values() for folder in name.parents)
@@ -88,7 +78,7 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
             short[file] if count[short[file]] == 1 else file.relative_to(common)
         )
 
-    return sorted(Source(name(file), file) for file in files)
+    return sorted(Source(name(file), file) for file in found)
 
 
 def _text(path: Path) -> str:
@@ -100,16 +90,15 @@ def _files(root: Path, leave_out: Path) -> Iterator[Path]:
     if not root.is_dir():
         yield root
         return
-    for folder, subfolders, names in os.walk(root):
-        here = Path(folder)
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".") and here / name != leave_out
-        ]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield here / name
+    results = {str(leave_out), os.path.realpath(leave_out)}
+    found = files.find_images(str(root), leave_out=results)
+    _LOG.info(
+        "Used %d images in %s; left out: %s.",
+        len(found.images),
+        _text(root),
+        files.left_out_text(found.left_out),
+    )
+    yield from (root / path for path in found.images)
 
 
 def digest(path: Path) -> str:
