@@ -199,7 +199,7 @@ def test_folder_feeds_the_pipeline(classes):
     assert info.num_examples == {"train": 24, "test": 6}
     batches = dataset_of(config).train_batches(batch_size=24, seed=0)
     epochs = [next(batches)["image"] for _ in range(2)]
-    resumed = dataset_of(config).train_batches(batch_size=8, seed=0, start_step=4)
+    resumed = dataset_of(config).train_batches(batch_size=8, seed=0, start=32)
     np.testing.assert_array_equal(next(resumed)["image"], epochs[1][8:16])
     (batch,) = dataset_of(config).eval_batches("test", batch_size=8)
     assert batch["mask"].sum() == 6
