@@ -167,4 +167,6 @@ def test_names_that_are_no_text_are_read(tmp_path):
 @pytest.mark.parametrize("suffix", files.SUFFIXES)
 def test_every_suffix_is_one_that_can_be_read(suffix):
     Image.init()
+    if suffix == ".avif" and suffix not in Image.EXTENSION:
+        pytest.skip("This Pillow has no AVIF.")
     assert Image.EXTENSION[suffix] in Image.OPEN
