@@ -163,7 +163,7 @@ NOISE = (b"\xe2", b"ICC_PROFILE\0" + bytes(range(256)) * 200)
         ([exif_segment(6, b"MM")], True),
         ([NOISE, exif_segment(6, b"MM")], True),
         ([THUMBNAIL, exif_segment(6, b"II")], True),
-        ([XMP], True),
+        ([XMP], None),  # Pillow reads it from JPEG since version 11.
         ([exif_segment(1, b"II"), XMP], False),
         ([exif_segment(0, b"II")], False),
         ([exif_segment(9, b"II")], False),
@@ -176,7 +176,8 @@ NOISE = (b"\xe2", b"ICC_PROFILE\0" + bytes(range(256)) * 200)
 def test_wherever_a_jpeg_says_how_it_was_held(segments, turned, mode):
     data = with_segments(encode("JPEG", mode, {}), *segments)
     expected = pixels.decoded(data)
-    assert expected.shape[:2] == ((WIDTH, HEIGHT) if turned else (HEIGHT, WIDTH))
+    if turned is not None:
+        assert expected.shape[:2] == ((WIDTH, HEIGHT) if turned else (HEIGHT, WIDTH))
     view = decode.eval_view(View(expected.shape[:2]))
     assert differ_by(view(tf.constant(data)).numpy(), expected) <= LOSSY
 
