@@ -78,10 +78,21 @@ def test_resume_gives_the_very_next_batches_bit_for_bit(digits, start):
     digits.shuffle_buffer = 60
     batches = dataset_of(digits).train_batches(batch_size=100, seed=3)
     expected = _take(batches, start + 2)[start:]
-    resumed = dataset_of(digits).train_batches(batch_size=100, seed=3, start_step=start)
+    resumed = dataset_of(digits).train_batches(
+        batch_size=100, seed=3, start=100 * start
+    )
     for ours, theirs in zip(_take(resumed, 2), expected, strict=True):
         np.testing.assert_array_equal(ours["image"], theirs["image"])
         np.testing.assert_array_equal(ours["label"], theirs["label"])
+
+
+@pytest.mark.parametrize("start", [1, 250, TRAIN, TRAIN + 3])
+def test_batches_of_another_size_go_on_at_the_next_example(digits, start):
+    digits.crop = "resized"
+    batches = dataset_of(digits).train_batches(batch_size=100, seed=3)
+    expected = _examples(_take(batches, 5))
+    resumed = dataset_of(digits).train_batches(batch_size=7, seed=3, start=start)
+    assert _examples(_take(resumed, 5)) == expected[start : start + 35]
 
 
 def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch):
@@ -106,7 +117,7 @@ def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch
     spy = dataclasses.replace(source, read=read, load=load)
     monkeypatch.setattr(pipeline, "open_source", lambda name, data_dir: spy)
     digits.shuffle_buffer = 50
-    next(dataset_of(digits).train_batches(batch_size=7, seed=5, start_step=180))
+    next(dataset_of(digits).train_batches(batch_size=7, seed=5, start=180 * 7))
     assert [epoch - (5 << 32) for epoch in epochs] == [3]
     skipped = 180 * 7 - 3 * TRAIN
     assert skipped + 7 <= len(reads) < TRAIN
@@ -218,7 +229,7 @@ def test_mocked_imagenet(digits, policy):
         assert info.num_classes == 1000
         assert info.num_examples == {"train": 10, "minival": 10, "val": 10}
         batches = dataset_of(digits).train_batches(
-            batch_size=8, seed=0, start_step=2, process_count=2
+            batch_size=8, seed=0, start=16, process_count=2
         )
         assert [b["image"].shape for b in _take(batches, 3)] == [(8, 8, 8, 3)] * 3
         masks = [

@@ -3,7 +3,7 @@
 import pytest
 
 from wf_vit.errors import UsageError
-from wf_vit.train.config import default_config, durations
+from wf_vit.train.config import Progress, default_config, durations
 
 
 def config_with(**overrides):
@@ -30,6 +30,24 @@ def test_the_finest_unit_wins_and_overrides_are_seen():
     assert durations(config, num_train=1000).total == 7
     config.total_steps = None
     assert durations(config, num_train=1000).total == 2000
+
+
+def test_epochs_are_examples_whatever_the_batch_size_was():
+    config = config_with(total_epochs=20.0, warmup_epochs=2.0, eval_epochs=1.0)
+    # 300 steps of 10 are 3 of 20 epochs; the other 17 take 170 steps of 100.
+    steps = durations(config, 1000, Progress(step=300, examples=3000))
+    assert steps.total == 470
+    assert steps.warmup <= 300  # It is over.
+    assert steps.eval == 10
+    # After 1 epoch the warm-up has another one to go.
+    assert durations(config, 1000, Progress(100, 1000)).warmup == 110
+    # In the same batches nothing changes, and steps are steps.
+    for step in (1, 7, 199):
+        assert durations(config, 1000, Progress(step, 100 * step)) == durations(
+            config, 1000
+        )
+    config.total_steps = 500
+    assert durations(config, 1000, Progress(300, 3000)).total == 500
 
 
 @pytest.mark.parametrize(

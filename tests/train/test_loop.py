@@ -68,6 +68,68 @@ def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch):
     assert rows[0] == rows[1]
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """The training examples that steps took, in order."""
+    examples = []
+    shard = loop.parallel.shard
+
+    def spy(batch):
+        if "mask" not in batch:
+            examples.extend(image.tobytes() for image in batch["image"])
+        return shard(batch)
+
+    monkeypatch.setattr(loop.parallel, "shard", spy)
+    return examples
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [((16, 8), "meta"), ((8, 16), "meta"), ((16, 24), "config"), ((8, 16), "nothing")],
+)
+def test_another_batch_size_goes_on_at_the_next_example(
+    digits_config, tmp_path, monkeypatch, taken, sizes, kept
+):
+    """Of checkpoints that do not count examples, too: the run's config tells."""
+    digits_config.data.train = "train[:64]"
+    digits_config.data.augment.mixup_probability = 0.0
+    digits_config.total_steps = None
+    digits_config.total_epochs = 80 / 64
+    before, after = sizes
+    digits_config.batch_size = before
+    reporter, interrupted = stop_after(digits_config, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Reporter", reporter)
+        if kept != "meta":
+            patch.setattr(loop, "_EXAMPLES_SEEN", "something_else")
+        with pytest.raises(interrupted):
+            loop.train(digits_config, tmp_path)
+    if kept == "nothing":
+        (tmp_path / "config.json").unlink()
+    seen = 2 * (after if kept == "nothing" else before)
+    del taken[2 * before :]  # The step at which the run broke off is done again.
+
+    digits_config.batch_size = after
+    loop.train(digits_config, tmp_path)
+    total = 2 + round((80 - seen) / after)
+    rows = [row for row in read_jsonl(tmp_path) if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, total + 1))
+    epochs = [(seen + after * (step - 2)) / 64 for step in range(3, total + 1)]
+    assert [row["train/epoch"] for row in rows[2:]] == pytest.approx(epochs)
+    with Checkpoints(tmp_path) as checkpoints:
+        end = checkpoints.last_meta["examples_seen"]
+    assert end == seen + after * (total - 2)
+    assert abs(end - 80) <= after / 2
+
+    data = loop.open_run(digits_config).data
+    stream = data.train_batches(batch_size=1, seed=digits_config.seed)
+    expected = [next(stream)["image"][0].tobytes() for _ in range(end)]
+    assert taken[2 * before :] == expected[seen:]
+    if kept != "nothing":
+        assert taken == expected
+
+
 def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_path):
     metrics = loop.train(digits_config, tmp_path)
     rows = read_jsonl(tmp_path)

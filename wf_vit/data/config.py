@@ -95,8 +95,9 @@ class DataConfig:
 
     Attributes:
       name: "digits" (embedded, nothing to download), "folder"
-        (data_dir/class/*.jpg or data_dir/split/class/*.jpg) or any TFDS name, with a
-        version or a configuration if needed ("imagenet2012:5.1.0").
+        (data_dir/class/*.jpg or data_dir/split/class/*.jpg, folders in a class
+        included) or any TFDS name, with a version or a configuration if needed
+        ("imagenet2012:5.1.0").
       data_dir: where it lies; "" is the folder TFDS uses by default. gs:// paths work
         too.
       train: TFDS split specification: "train", "train[:99%]", "train+validation", ...

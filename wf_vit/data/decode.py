@@ -1,15 +1,21 @@
 """From encoded bytes to an image of the wanted size, on the host.
 
-A JPEG is decoded only inside the window that is kept. Everything is a pure function
-of the bytes and, for training, of a two-number seed.
+The pixels are those of ``wf_vit.data.pixels``: as people see the picture. A JPEG is
+decoded only inside the window that is kept. Everything is a pure function of the bytes
+and, for training, of a two-number seed.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
+from wf_vit.data import pixels
 from wf_vit.data.config import Size, View
 from wf_vit.errors import UsageError
+
+# From (height, width) to (top, left, height, width), int32.
+_Window = Callable[[tf.Tensor], tf.Tensor]
 
 _CROPS = ("resized", "pad", "none")
 
@@ -74,29 +80,163 @@ def eval_view(view: View) -> Callable:
     return image
 
 
-def _decode(data: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """Decodes the part of an image that ``window`` picks, as RGB.
+def _decode(data: tf.Tensor, window: _Window) -> tf.Tensor:
+    """Decodes the part of an image that ``window`` picks, upright, in colour, opaque.
 
     Args:
-      data: the encoded image, a scalar string; greyscale, CMYK, palette and alpha
-        become RGB, an animation gives its first frame.
-      window: from the image's ``(height, width)`` to
+      data: the encoded image, a scalar string.
+      window: from the height and width of the upright image to
         ``(top, left, height, width)``, int32.
     """
+    image = tf.cond(
+        tf.io.is_jpeg(data),
+        lambda: _jpeg(data, window),
+        lambda: _cut(_other(data), window),
+    )
+    return tf.ensure_shape(image, (None, None, 3))
 
-    def jpeg() -> tf.Tensor:
-        shape = tf.io.extract_jpeg_shape(data)[:2]
+
+def _jpeg(data: tf.Tensor, window: _Window) -> tf.Tensor:
+    """Decodes the window only, and turns it upright."""
+    stored = tf.io.extract_jpeg_shape(data)[:2]
+
+    def decoded(box: tf.Tensor) -> tf.Tensor:
         return tf.image.decode_and_crop_jpeg(
-            data, window(shape), channels=3, dct_method="INTEGER_ACCURATE"
+            data, box, channels=3, dct_method="INTEGER_ACCURATE"
         )
 
-    def other() -> tf.Tensor:
-        image = tf.io.decode_image(data, channels=3, expand_animations=False)
-        top, left, height, width = tf.unstack(window(tf.shape(image)[:2]))
-        return tf.image.crop_to_bounding_box(image, top, left, height, width)
+    def turned() -> tf.Tensor:
+        swaps, flips = _turn(orientation)
+        upright = tf.where(swaps, stored[::-1], stored)
+        box = window(upright)
+        # Where the window lies in the stored image: the way back.
+        begin, extent = box[:2], box[2:]
+        begin = tf.where(flips, upright - begin - extent, begin)
+        begin, extent = (tf.where(swaps, x[::-1], x) for x in (begin, extent))
+        image = decoded(tf.concat([begin, extent], axis=0))
+        image = tf.cond(swaps, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+        return tf.reverse(image, tf.where(flips)[:, 0])
 
-    image = tf.cond(tf.io.is_jpeg(data), jpeg, other)
+    orientation = tf.cond(
+        _may_be_turned(data), lambda: _orientation(data), lambda: tf.constant(1)
+    )
+    return tf.cond(orientation == 1, lambda: decoded(window(stored)), turned)
+
+
+# Not inlined, so that a JPEG does not pay for the operations that it does not take.
+@tf.function(
+    input_signature=[tf.TensorSpec((), tf.string)],
+    experimental_attributes={"_noinline": True},
+    autograph=False,
+)
+def _other(data: tf.Tensor) -> tf.Tensor:
+    """Decodes what is no JPEG."""
+    image = tf.case(
+        [
+            (_is_plain_png(data), lambda: _png(data)),
+            (_is_plain_webp(data), lambda: tf.io.decode_webp(data, channels=3)),
+        ],
+        default=lambda: _unusual(data),
+    )
     return tf.ensure_shape(image, (None, None, 3))
+
+
+def _may_be_turned(data: tf.Tensor) -> tf.Tensor:
+    """Says whether a JPEG may have an orientation; never no if it has one.
+
+    What may hold it comes before the pixels, so not all bytes are searched.
+    """
+    # Where the three channels of the pixels begin. If there is nothing of the kind,
+    # as in grey images, everything is searched, which only takes longer.
+    pixels_begin = b"\xff\xda\x00\x0c\x03"
+    # (tf.strings.split adds what every image would pay for.)
+    head = tf.raw_ops.StringSplitV2(
+        input=data[None], sep=pixels_begin, maxsplit=1
+    ).values[0]
+    # EXIF or XMP; or Photoshop's thumbnail, which has pixels of its own.
+    return tf.strings.regex_full_match(
+        head, r"(?s)\C*(?:Exif\x00|ns\.adobe\.com|Photoshop)\C*"
+    )
+
+
+def _turn(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns what turns a stored image upright: first to swap its axes, then to flip.
+
+    Args:
+      orientation: of EXIF, 1 to 8.
+
+    Returns:
+      Whether to swap height and width, and whether to flip each of them.
+    """
+    down = [3, 4, 7, 8]
+    across = [2, 3, 6, 7]
+    flips = [tf.reduce_any(orientation == some) for some in (down, across)]
+    return orientation >= 5, tf.stack(flips)
+
+
+def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
+    """Says whether a PNG has nothing beside its channels that changes the picture."""
+    is_png = tf.strings.substr(data, 0, 8) == b"\x89PNG\r\n\x1a\n"
+
+    def is_plain() -> tf.Tensor:
+        # A colour or a palette that is transparent, EXIF in either form, XMP.
+        return ~tf.strings.regex_full_match(
+            data, r"(?s)\C*(?:tRNS|eXIf|Raw profile type|adobe\.xmp)\C*"
+        )
+
+    return tf.cond(is_png, is_plain, lambda: tf.constant(False))
+
+
+def _png(data: tf.Tensor) -> tf.Tensor:
+    """Decodes a plain PNG; what is transparent lies on the background."""
+    colour_type = tf.strings.substr(data, 25, 1)  # PNG, 11.2.2: in IHDR
+    has_alpha = (colour_type == b"\x04") | (colour_type == b"\x06")
+
+    def laid_on_background() -> tf.Tensor:
+        image = tf.cast(tf.io.decode_png(data, channels=4), tf.int32)
+        colour, alpha = image[..., :3], image[..., 3:]
+        # In whole numbers, rounded as Pillow does.
+        mixed = colour * alpha + pixels.BACKGROUND * (255 - alpha) + 128
+        return tf.cast((mixed + mixed // 256) // 256, tf.uint8)
+
+    return tf.cond(
+        has_alpha, laid_on_background, lambda: tf.io.decode_png(data, channels=3)
+    )
+
+
+def _is_plain_webp(data: tf.Tensor) -> tf.Tensor:
+    """Says whether a file is the simple kind of WebP: no alpha, no EXIF, one frame."""
+    return (tf.strings.substr(data, 0, 4) == b"RIFF") & (
+        tf.strings.substr(data, 8, 8) == b"WEBPVP8 "
+    )
+
+
+def _cut(image: tf.Tensor, window: _Window) -> tf.Tensor:
+    top, left, height, width = tf.unstack(window(tf.shape(image)[:2]))
+    return tf.image.crop_to_bounding_box(image, top, left, height, width)
+
+
+def _unusual(data: tf.Tensor) -> tf.Tensor:
+    """Decodes what Pillow can read."""
+    image = _by_pillow(pixels.decoded, data, tf.uint8)
+    return tf.ensure_shape(image, (None, None, 3))
+
+
+def _orientation(data: tf.Tensor) -> tf.Tensor:
+    def read(data: bytes) -> np.int32:
+        return np.int32(pixels.orientation(data))
+
+    return tf.ensure_shape(_by_pillow(read, data, tf.int32), ())
+
+
+def _by_pillow(read: Callable, data: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Calls a function of Python with bytes; TensorFlow hands them on in two forms."""
+    return tf.numpy_function(
+        lambda data: read(np.asarray(data, object).item()),
+        [data],
+        dtype,
+        stateful=False,
+    )
 
 
 def _random_window(

@@ -5,18 +5,24 @@ skip, and has no slices of splits; so the list of files is kept here, and TFDS's
 split arithmetic is applied to it.
 """
 
+import collections
 import hashlib
+import logging
+import os
 import posixpath
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from wf_vit.data import files
 from wf_vit.data.source import Record, Source
 from wf_vit.errors import UsageError
 
-_READABLE = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
-_UNREADABLE = (".webp", ".tif", ".tiff", ".heic", ".avif", ".jp2")
+_LOG = logging.getLogger(__name__)
+
+# Pictures that nothing here can decode: to leave them out would be no help.
+_UNREADABLE = (".heic", ".heif", ".jxl")
 _LAYOUT = (
     "expected root/class/image.jpg, or root/split/class/image.jpg, with config.data."
     "data_dir set to root"
@@ -25,6 +31,12 @@ _LAYOUT = (
 # What TFDS calls a lone split; its 'all' means every split, and cannot be sliced.
 _ONE_SPLIT = "train"
 
+# Top folders are splits if all have such names, even if images lie beside the classes.
+_SPLIT_NAMES = {
+    *("train", "training", "val", "valid", "validation", "dev", "eval", "test"),
+    "testing",
+}
+
 # Class name -> paths of its images, relative to the root.
 _Classes = dict[str, list[str]]
 
@@ -32,37 +44,35 @@ _Classes = dict[str, list[str]]
 def open_folder(root: str) -> Source:
     """Opens a folder of images.
 
-    Classes are the sorted names of the class folders. Without a split level, the one
-    split is 'train'. In every split the classes are interleaved evenly and files come
-    in a fixed pseudo-random order within a class, so that any slice ('train[:80%]')
-    holds nearly the same share of every class.
+    Classes are the sorted names of the class folders; folders in them, links included,
+    belong to the class (``wf_vit.data.files`` says what is an image). Without a split
+    level, the one split is 'train'. In every split the classes are interleaved evenly
+    and files come in a fixed pseudo-random order within a class, so that any slice
+    ('train[:80%]') holds nearly the same share of every class. The log says how many
+    images are used, and what is left out.
 
     Args:
       root: the folder; gs:// paths work too.
 
     Raises:
       UsageError: the folder is missing, has no images, has a class without images or
-        images in a format that TensorFlow cannot decode.
+        images in a format that cannot be decoded.
     """
     if not root or not tf.io.gfile.isdir(root):
         raise UsageError(f"The folder of images {root!r} does not exist: {_LAYOUT}.")
-    top = {name: _images(root, name) for name in _folders(root)}
-    if any(top.values()):
-        splits = {_ONE_SPLIT: top}
-    else:
-        splits = {
-            split: {
-                name: _images(root, posixpath.join(split, name))
-                for name in _folders(posixpath.join(root, split))
-            }
-            for split in top
-        }
-        splits = {split: classes for split, classes in splits.items() if classes}
+    splits, left_out = _find(root)
     _check(root, splits)
     class_names = sorted({name for classes in splits.values() for name in classes})
     examples = {
         split: _interleave(classes, class_names) for split, classes in splits.items()
     }
+    _LOG.info(
+        "Used %d images of %d classes in %s; left out: %s.",
+        sum(len(paths) for paths, _ in examples.values()),
+        len(class_names),
+        root,
+        files.left_out_text(left_out),
+    )
     infos = tfds.core.SplitDict(
         [
             tfds.core.SplitInfo(name=split, shard_lengths=[len(paths)], num_bytes=0)
@@ -78,7 +88,10 @@ def open_folder(root: str) -> Source:
         if not paths:
             raise UsageError(f"The split {split!r} of the folder {root} is empty.")
         records = tf.data.Dataset.from_tensor_slices(
-            {"path": paths, "label": tf.constant(labels, tf.int64)}
+            {
+                "path": [os.fsencode(path) for path in paths],
+                "label": tf.constant(labels, tf.int64),
+            }
         )
         if shuffle_seed is None:
             return records
@@ -98,28 +111,78 @@ def open_folder(root: str) -> Source:
     return Source(class_names=tuple(class_names), read=read, load=load)
 
 
-def _entries(path: str) -> list[str]:
-    names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))  # gs:// adds '/'
-    return sorted(name for name in names if not name.startswith("."))
+def _find(root: str) -> tuple[dict[str, _Classes], collections.Counter[str]]:
+    """Returns the images of every class of every split, and what is left out."""
+    left_out: collections.Counter[str] = collections.Counter()
+    top = _listed(root)
+    below = {name: _listed(posixpath.join(root, name)) for name in _folders(top)}
+    left_out += _outside(top)
+    has_images = any(map(_images, below.values()))
+    named_splits = {name.lower() for name in below} <= _SPLIT_NAMES
+    nested = any(map(_folders, below.values()))
+    if has_images and not (named_splits and nested):
+        folders = {_ONE_SPLIT: {name: name for name in below}}
+    else:
+        folders = {
+            split: {name: posixpath.join(split, name) for name in _folders(entries)}
+            for split, entries in below.items()
+        }
+        left_out += sum(map(_outside, below.values()), collections.Counter())
+    splits: dict[str, _Classes] = {}
+    for split, classes in folders.items():
+        for name, folder in classes.items():
+            found = files.find_images(posixpath.join(root, folder), entries=_listed)
+            _check_formats(posixpath.join(root, folder), found.left_out)
+            left_out += found.left_out
+            splits.setdefault(split, {})[name] = [
+                posixpath.join(folder, path) for path in found.images
+            ]
+    return splits, left_out
 
 
-def _folders(path: str) -> list[str]:
-    names = _entries(path)
-    return [n for n in names if tf.io.gfile.isdir(posixpath.join(path, n))]
+def _listed(folder: str) -> list[files.Entry]:
+    """Lists a folder, here or elsewhere (gs://)."""
+    if "://" not in folder:
+        return sorted(files.local_entries(folder))
+    entries = []
+    for listed in tf.io.gfile.listdir(folder):
+        name = listed.rstrip("/")
+        # gs:// adds '/' to folders; to ask of every image would take minutes.
+        is_folder = listed != name or (
+            not name.lower().endswith(files.SUFFIXES)
+            and tf.io.gfile.isdir(posixpath.join(folder, name))
+        )
+        if name:
+            entries.append(files.Entry(name, is_folder, is_link=False))
+    return sorted(entries)
 
 
-def _images(root: str, folder: str) -> list[str]:
-    """Returns the paths of a folder's images, relative to the root."""
-    names = _entries(posixpath.join(root, folder))
-    wrong = [name for name in names if name.lower().endswith(_UNREADABLE)]
+def _folders(entries: list[files.Entry]) -> list[str]:
+    return [e.name for e in entries if e.is_folder and not e.name.startswith(".")]
+
+
+def _images(entries: list[files.Entry]) -> list[str]:
+    return [
+        e.name for e in entries if not e.is_folder and not files.reason_to_leave_out(e)
+    ]
+
+
+def _outside(entries: list[files.Entry]) -> collections.Counter[str]:
+    """Counts what lies beside the folders of classes, by the reason to leave it out."""
+    reasons = map(files.reason_to_leave_out, entries)
+    count = collections.Counter(reason for reason in reasons if reason)
+    count["outside of a class"] = len(_images(entries))
+    return +count
+
+
+def _check_formats(folder: str, left_out: collections.Counter[str]) -> None:
+    wrong = {suffix: left_out[suffix] for suffix in _UNREADABLE if left_out[suffix]}
     if wrong:
         raise UsageError(
-            f"{posixpath.join(root, folder)} has {len(wrong)} images that TensorFlow "
-            f"cannot decode, such as {wrong[0]}: convert them to one of "
-            f"{', '.join(_READABLE)}."
+            f"{folder} has {sum(wrong.values())} images that cannot be decoded "
+            f"({', '.join(wrong)}): convert them to one of "
+            f"{', '.join(files.SUFFIXES)}, or move them away."
         )
-    readable = [name for name in names if name.lower().endswith(_READABLE)]
-    return [posixpath.join(folder, name) for name in readable]
 
 
 def _check(root: str, splits: dict[str, _Classes]) -> None:
@@ -130,8 +193,8 @@ def _check(root: str, splits: dict[str, _Classes]) -> None:
         if empty:
             raise UsageError(
                 f"{len(empty)} classes of the folder {root} (split {split!r}) have no "
-                f"images ({', '.join(_READABLE)}), such as {empty[0]!r}: {_LAYOUT}. "
-                "Add images or remove the folders."
+                f"images ({', '.join(files.SUFFIXES)}), such as {empty[0]!r}: "
+                f"{_LAYOUT}. Add images or remove the folders."
             )
 
 
@@ -142,7 +205,9 @@ def _interleave(
     placed = []
     for name, paths in classes.items():
         # By hash: neighbours in name are often frames of one scene.
-        shuffled = sorted(paths, key=lambda path: hashlib.md5(path.encode()).digest())
+        shuffled = sorted(
+            paths, key=lambda path: hashlib.md5(os.fsencode(path)).digest()
+        )
         for rank, path in enumerate(shuffled):
             position = (rank + 0.5) / len(paths)
             placed.append((position, path, class_names.index(name)))

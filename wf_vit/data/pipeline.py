@@ -78,7 +78,7 @@ class Dataset:
         *,
         batch_size: int,
         seed: int,
-        start_step: int = 0,
+        start: int = 0,
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[Batch]:
@@ -91,8 +91,8 @@ class Dataset:
         Args:
           batch_size: B, examples a batch on this process.
           seed: of the order and the crops.
-          start_step: how many batches were already taken; reads what this epoch has
-            given so far again, but decodes none of it.
+          start: how many examples this process has taken already, in batches of any
+            size; reads what this epoch has given so far again, but decodes none of it.
           process_index: which part of the split to read.
           process_count: how many parts there are.
 
@@ -113,7 +113,7 @@ class Dataset:
             _part(self.config.train, process_index, process_count),
             seed=seed,
             buffer=self.config.shuffle_buffer,
-            start=start_step * batch_size,
+            start=start,
         )
         image = decode.train_view(self.config.view)
 
@@ -251,12 +251,17 @@ def _first_failure(
     source: Source, records: tf.data.Dataset, example: Callable[..., Record]
 ) -> str:
     """Returns the ``id`` of the first record on which ``example`` fails."""
+    as_graph = tf.function(example)  # So that the failure is the same as in a batch.
     for element in records:
         arguments = element if isinstance(element, tuple) else (element,)
         try:
-            example(*arguments)
+            as_graph(*arguments)
         except tf.errors.InvalidArgumentError:
-            return source.load(arguments[0])["id"].numpy().decode()
+            return (
+                source.load(arguments[0])["id"]
+                .numpy()
+                .decode(errors="backslashreplace")
+            )
     return "(which one was not found)"
 
 

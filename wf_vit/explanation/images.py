@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -9,32 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from wf_vit.arrays import as_array
+from wf_vit.data import files, pixels
+from wf_vit.data.pixels import Photograph, UnreadableImageError
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.preprocess import INTERPOLATIONS, Preprocess
 
+_LOG = logging.getLogger(__name__)
+
 # How a photograph comes to the size that the model sees.
 FITS = ("whole", "crop", "model")
-
-# Of any size; a function may take one size and return another.
-Photograph = UInt8[np.ndarray, "_ _ 3"]
-
-# What is taken for an image in a folder; a file that is named is read in any case.
-SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
 
 
 class Source(NamedTuple):
@@ -50,16 +37,12 @@ class Source(NamedTuple):
     path: Path
 
 
-class UnreadableImageError(ValueError):
-    """A file is no image that can be decoded."""
-
-
 def find(paths: str, *, leave_out: Path) -> list[Source]:
     """Lists the images that ``config.images`` stands for.
 
     Args:
       paths: a file, a folder, or several of them with commas between. A folder is
-        searched with its subfolders, hidden files and folders aside.
+        searched with its subfolders (``wf_vit.data.files`` says what is an image).
       leave_out: a folder in which no image is looked for: the results.
 
     Returns:
@@ -69,7 +52,8 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
       UsageError: a path does not exist, or there is no image.
     """
     given = [paths] if os.path.exists(paths) else paths.split(",")
-    roots = [Path(os.path.abspath(path.strip())) for path in given if path.strip()]
+    names = dict.fromkeys(os.path.abspath(p.strip()) for p in given if p.strip())
+    roots = [Path(name) for name in names]
     for root in roots:
         if not root.exists():
             raise UsageError(
@@ -77,14 +61,14 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
                 "folder, or several of them with commas between."
             )
     results = Path(os.path.abspath(leave_out))
-    files = {file for root in roots for file in _files(root, results)}
-    if not files:
+    found = {file for root in roots for file in _files(root, results)}
+    if not found:
         raise UsageError(
             f"config.images is {paths!r}, in which there is no image: pass a file, or "
-            f"a folder of files that end in {', '.join(SUFFIXES)}."
+            f"a folder of files that end in {', '.join(files.SUFFIXES)}."
         )
     common = os.path.commonpath([r if r.is_dir() else r.parent for r in roots])
-    short = {file: file.relative_to(common).with_suffix("") for file in files}
+    short = {file: file.relative_to(common).with_suffix("") for file in found}
     # A folder may have the name that a file has without its suffix.
     count = collections.Counter(short.values())
     count.update(folder for name in short.values() for folder in name.parents)
@@ -94,7 +78,7 @@ def find(paths: str, *, leave_out: Path) -> list[Source]:
             short[file] if count[short[file]] == 1 else file.relative_to(common)
         )
 
-    return sorted(Source(name(file), file) for file in files)
+    return sorted(Source(name(file), file) for file in found)
 
 
 def _text(path: Path) -> str:
@@ -106,16 +90,15 @@ def _files(root: Path, leave_out: Path) -> Iterator[Path]:
     if not root.is_dir():
         yield root
         return
-    for folder, subfolders, names in os.walk(root):
-        here = Path(folder)
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".") and here / name != leave_out
-        ]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield here / name
+    results = {str(leave_out), os.path.realpath(leave_out)}
+    found = files.find_images(str(root), leave_out=results)
+    _LOG.info(
+        "Used %d images in %s; left out: %s.",
+        len(found.images),
+        _text(root),
+        files.left_out_text(found.left_out),
+    )
+    yield from (root / path for path in found.images)
 
 
 def digest(path: Path) -> str:
@@ -136,31 +119,16 @@ def size(path: Path) -> tuple[int, int]:
     Raises:
       UnreadableImageError: the file is no image.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    # Broken files make decoders raise nearly anything, and a folder must go on.
-    except Exception as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    return pixels.size(path)
 
 
 def read(path: Path) -> Photograph:
-    """Reads an image as people see it: upright, in colour, opaque.
-
-    The camera's orientation (EXIF) is applied, what is transparent lies on white,
-    grey and palettes become RGB, 16 bits become 8, and an animation gives its first
-    frame.
+    """Reads an image as people see it; ``wf_vit.data.pixels`` says how.
 
     Raises:
       UnreadableImageError: the file cannot be decoded; says why.
     """
-    try:
-        with Image.open(path) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
-    # Broken files make decoders raise nearly anything, and a folder must go on.
-    except Exception as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    return pixels.read(path)
 
 
 def as_photograph(image: Any) -> Photograph:
@@ -184,7 +152,7 @@ def as_photograph(image: Any) -> Photograph:
             raise UsageError(f"{path} cannot be read as an image: {error}") from error
     if isinstance(image, Image.Image):
         try:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return pixels.as_rgb(image)
         except ValueError as error:
             raise UsageError(f"The image cannot be shown: {error}.") from error
     return _array_as_rgb(np.asarray(as_array(image, "image")))
@@ -278,17 +246,3 @@ def fitted(photograph: Photograph, preprocess: Preprocess, fit: str) -> Photogra
     if fit == "crop":
         return np.asarray(ImageOps.fit(image, size, resample))
     return np.asarray(image.resize(size, resample))
-
-
-def _as_rgb(image: Image.Image) -> Photograph:
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range, convert it first")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        gray = np.clip(levels // 257, 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))

@@ -55,6 +55,12 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
+    @property
+    def last_meta(self) -> dict[str, Any]:
+        """The ``meta`` of the newest checkpoint; there must be one."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self.last_step, args=args)["meta"]
+
     def save(self, state: TrainState, meta: dict[str, Any], top1: float | None) -> None:
         """Saves a state; returns as soon as it has been copied off the devices.
 

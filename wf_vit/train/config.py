@@ -29,6 +29,9 @@ _LOG = logging.getLogger(__name__)
 
 UNITS = ("steps", "epochs", "percent")
 
+# The durations that are not counted from the run's start.
+_INTERVALS = ("log", "eval", "checkpoint")
+
 
 def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     """Returns a whole experiment's config; every key can be overridden.
@@ -124,6 +127,19 @@ def set_duration(
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come, which may have changed its batch size on the way.
+
+    Attributes:
+      step: updates done.
+      examples: training examples that they took, over all processes.
+    """
+
+    step: int = 0
+    examples: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Durations:
     """The durations of a run, in steps."""
 
@@ -178,7 +194,11 @@ class Training:
 
 
 def resolve(
-    config: ml_collections.ConfigDict, info: DataInfo, *, guided: bool = True
+    config: ml_collections.ConfigDict,
+    info: DataInfo,
+    *,
+    guided: bool = True,
+    done: Progress = Progress(),
 ) -> Training:
     """Resolves a config, overrides included, checking its parts together.
 
@@ -186,11 +206,12 @@ def resolve(
       config: the experiment's.
       info: of the data that it is trained on.
       guided: whether to open what guides; an evaluation needs no teacher.
+      done: where the run resumes.
 
     Raises:
       UsageError: what is wrong, and what to do.
     """
-    steps = durations(config, info.num_examples["train"])
+    steps = durations(config, info.num_examples["train"], done)
     model, params = _model_and_params(
         ModelConfig.of(config.model),
         init_from=config.init_from,
@@ -266,18 +287,27 @@ def _model_and_params(
     return model, registry.adopt_fields(fresh, loaded.params, source=init_from)
 
 
-def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
+def durations(
+    config: ml_collections.ConfigDict, num_train: int, done: Progress = Progress()
+) -> Durations:
     """Resolves every duration of a config into steps.
+
+    Epochs are counted in examples. So if a run resumes with another batch size, what
+    ends after so many epochs of the run (all of it, the warm-up, the guidance) ends at
+    the step at which these examples have been seen.
 
     Args:
       config: the experiment's.
       num_train: number of training examples, over all processes.
+      done: where the run resumes.
 
     Raises:
       UsageError: a duration is set in no unit, is not positive, or the warm-up is
         longer than the run.
     """
     steps_per_epoch = num_train / config.batch_size
+    # Steps done beyond those that the examples would have taken at this batch size.
+    ahead = done.step - done.examples / config.batch_size
 
     def resolved(name: str, total: int | None = None) -> int:
         units = UNITS if total is not None else UNITS[:2]
@@ -290,11 +320,9 @@ def durations(config: ml_collections.ConfigDict, num_train: int) -> Durations:
                     raise UsageError(
                         f"{name}_{unit} is {value}: expected a positive number."
                     )
-                return (
-                    round(value * scale)
-                    if name == "warmup"
-                    else max(round(value * scale), 1)
-                )
+                from_start = unit == "epochs" and name not in _INTERVALS
+                length = round(value * scale + (ahead if from_start else 0))
+                return max(length, 0 if name == "warmup" else 1)
         keys = ", ".join(f"{name}_{unit}" for unit in units)
         raise UsageError(f"The duration {name!r} is not set: set one of {keys}.")
 

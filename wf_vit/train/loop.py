@@ -24,9 +24,9 @@ from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
 from wf_vit.train import parallel, steps
 from wf_vit.train.checkpoint import Checkpoints
-from wf_vit.train.config import Training, resolve
+from wf_vit.train.config import Progress, Training, resolve
 from wf_vit.train.pictures import draw_pictures
-from wf_vit.train.reporter import Reporter, save_config, save_figures
+from wf_vit.train.reporter import Reporter, read_config, save_config, save_figures
 from wf_vit.train.state import TrainState
 from wf_vit.workdir import prepare_workdir
 
@@ -35,6 +35,11 @@ _LOG = logging.getLogger(__name__)
 # Steps that may be dispatched before the device has finished the first of them: it
 # hides the host's work, and bounds the batches that wait in the device's memory.
 _STEPS_AHEAD = 2
+
+_START = Progress()
+
+# What a checkpoint's ``meta`` calls the training examples that led to it.
+_EXAMPLES_SEEN = "examples_seen"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -57,27 +62,30 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
       NonFiniteLossError: training diverged; the last good checkpoint is intact.
     """
     prepare_workdir(workdir)
-    run = open_run(config)
-    training = run.training
-    update = parallel.map_update(
-        functools.partial(
-            steps.train_step,
-            model=training.model,
-            optimizer=training.optimizer,
-            objective=training.objective,
-            axis=parallel.AXIS,
-        ),
-        training.teacher_params,
-    )
-    state = training.start()
     with Checkpoints(workdir) as checkpoints:
+        done = _progress(checkpoints, config, workdir)
+        run = open_run(config, done=done)
+        training = run.training
+        update = parallel.map_update(
+            functools.partial(
+                steps.train_step,
+                model=training.model,
+                optimizer=training.optimizer,
+                objective=training.objective,
+                axis=parallel.AXIS,
+            ),
+            training.teacher_params,
+        )
+        state = training.start()
         if checkpoints.last_step is not None:
             state = checkpoints.restore(state)
-            _LOG.info("Resuming after step %d.", checkpoints.last_step)
+            _LOG.info(
+                "Resuming after step %d and %d examples.", done.step, done.examples
+            )
         save_config(config, workdir)
         reporter = Reporter(
             workdir,
-            step=int(state.step),
+            step=done.step,
             total=training.durations.total,
             batch_size=run.batch_size,
             active=jax.process_index() == 0,
@@ -85,6 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
         with reporter:
             state, metrics = _train(
                 run,
+                done,
                 parallel.to_host(state),
                 update,
                 checkpoints,
@@ -101,6 +110,28 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
         std=augmentation.std,
     )
     return metrics
+
+
+def _progress(
+    checkpoints: Checkpoints, config: ml_collections.ConfigDict, workdir: Path
+) -> Progress:
+    """Returns how far the run of the working directory has come."""
+    step = checkpoints.last_step
+    if step is None:
+        return _START
+    examples = checkpoints.last_meta.get(_EXAMPLES_SEEN)
+    if examples is None:
+        # A checkpoint of an earlier version: the run's config has the batch size.
+        batch_size = read_config(workdir).get("batch_size", config.batch_size)
+        examples = step * batch_size
+        _LOG.info(
+            "Checkpoint %d does not say how many examples it has seen: taken for %d, "
+            "%d in each step.",
+            step,
+            examples,
+            batch_size,
+        )
+    return Progress(step, examples)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
@@ -140,12 +171,12 @@ class Run:
     eval_batch_size: int
     draws: bool
 
-    def train_batches(self, start_step: int) -> Iterator[steps.Batch]:
-        """Yields this process's sharded batches, from any step of the run on."""
+    def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
+        """Yields this process's sharded batches, from any example of the run on."""
         batches = self.data.train_batches(
             batch_size=self.batch_size // jax.process_count(),
             seed=self.training.objective.seed,
-            start_step=start_step,
+            start=examples_seen // jax.process_count(),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -203,12 +234,18 @@ class Run:
         return batch["image"][batch["mask"]]
 
 
-def open_run(config: ml_collections.ConfigDict, *, guided: bool = True) -> Run:
+def open_run(
+    config: ml_collections.ConfigDict,
+    *,
+    guided: bool = True,
+    done: Progress = _START,
+) -> Run:
     """Opens the data and resolves the config, checking them together.
 
     Args:
       config: the experiment's config (``wf_vit.train.config``).
       guided: whether to open what guides; an evaluation needs no teacher.
+      done: where the run resumes.
 
     Raises:
       UsageError: what is wrong, and what to do.
@@ -224,7 +261,7 @@ def open_run(config: ml_collections.ConfigDict, *, guided: bool = True) -> Run:
     data = open_dataset(DataConfig.of(config.data))
     return Run(
         data=data,
-        training=resolve(config, data.info, guided=guided),
+        training=resolve(config, data.info, guided=guided, done=done),
         batch_size=config.batch_size,
         eval_batch_size=config.eval_batch_size,
         draws=config.pictures,
@@ -233,6 +270,7 @@ def open_run(config: ml_collections.ConfigDict, *, guided: bool = True) -> Run:
 
 def _train(
     run: Run,
+    done: Progress,
     state: TrainState,
     update: Callable,
     checkpoints: Checkpoints,
@@ -241,16 +279,17 @@ def _train(
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs all remaining steps; returns the final state and its evaluation."""
     durations = run.training.durations
-    first = int(state.step)
+    num_train = run.data.info.num_examples["train"]
     best_split = next(iter(run.data.config.eval))
     window = _Window(run.batch_size)
     evaluation: dict[str, float] = {}
-    if first >= durations.total:
+    if done.step >= durations.total:
         _LOG.info("All %d steps are done already.", durations.total)
         return state, run.evaluate(state.eval_params)
-    batches = run.train_batches(first)
-    for step in range(first + 1, durations.total + 1):
+    batches = run.train_batches(done.examples)
+    for step in range(done.step + 1, durations.total + 1):
         state, metrics = update(state, next(batches))
+        examples = done.examples + (step - done.step) * run.batch_size
         window.add(step, metrics)
         if profile is not None:
             profile(step)
@@ -262,7 +301,7 @@ def _train(
             scalars = window.close()
             rate = run.training.learning_rate(step - 1)
             scalars["train/learning_rate"] = float(rate)
-            scalars["train/epoch"] = step / durations.steps_per_epoch
+            scalars["train/epoch"] = examples / num_train
             reporter.write(step, scalars)
         if saves:
             with window.pause():
@@ -273,7 +312,8 @@ def _train(
                         draw = functools.partial(run.pictures, state.eval_params)
                         reporter.draw(step, draw)
                 top1 = evaluation[f"{best_split}/top1"] if evaluates else None
-                checkpoints.save(state, run.training.meta, top1)
+                meta = {**run.training.meta, _EXAMPLES_SEEN: examples}
+                checkpoints.save(state, meta, top1)
     return state, evaluation
 
 

@@ -25,6 +25,7 @@ from wf_vit.shapes import Params
 _LOG = logging.getLogger(__name__)
 
 JSONL = "metrics.jsonl"
+CONFIG = "config.json"
 
 
 def read_jsonl(workdir: Path) -> list[dict[str, Any]]:
@@ -140,23 +141,27 @@ class Reporter:
         return f"{tqdm.tqdm.format_interval(seconds)} left"
 
 
+def read_config(workdir: Path) -> dict[str, Any]:
+    """Returns what ``config.json`` holds; nothing if there is none."""
+    path = workdir / CONFIG
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes ``config.json``, and logs what changed against an earlier one."""
     if jax.process_index() != 0:
         return
-    path = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
-    if path.exists():
-        old = json.loads(path.read_text())
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                _LOG.warning(
-                    "config.%s was %s when this run began and is now %s.",
-                    name,
-                    old.get(name),
-                    new.get(name),
-                )
-    path.write_text(json.dumps(new, indent=2) + "\n")
+    old = read_config(workdir)
+    for name in sorted(old.keys() | new.keys()) if old else ():
+        if old.get(name) != new.get(name):
+            _LOG.warning(
+                "config.%s was %s when this run began and is now %s.",
+                name,
+                old.get(name),
+                new.get(name),
+            )
+    (workdir / CONFIG).write_text(json.dumps(new, indent=2) + "\n")
 
 
 def save_figures(
