@@ -1,4 +1,4 @@
-"""Every family that opens can be measured, explained, fine-tuned and turned to WinfT."""
+"""Every kind of model that opens is measured, cut, fine-tuned, and made a WinfT."""
 
 import jax
 import jax.numpy as jnp
