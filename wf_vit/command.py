@@ -55,6 +55,11 @@ TASKS = {
         "wf_vit.explanation.task", "images", "explains images: figures, a page, a table"
     ),
     "verify": Task("wf_vit.verify", "protocols", "checks the indicators on a data set"),
+    "export": Task(
+        "wf_vit.models.pretrained.export",
+        "layout",
+        "saves a checkpoint for timm, for transformers, or in our own layout",
+    ),
     "prepare": Task(
         "wf_vit.data.prepare",
         "data",
@@ -161,8 +166,9 @@ def check_task(config: ml_collections.ConfigDict) -> None:
     if key not in config:
         raise UsageError(
             f"config.task is {config.task!r}, but the config has no {key!r}: pass a "
-            "config of that task, such as configs/explain.py, configs/verify.py, or "
-            "configs/digits.py to train, evaluate and prepare."
+            "config of that task: configs/explain.py, configs/verify.py, "
+            "configs/export.py, or such as configs/digits.py to train, evaluate and "
+            "prepare."
         )
 
 
@@ -210,6 +216,7 @@ documented where they are set:
   to train     wf_vit/train/config.py, --config.data.KEY in wf_vit/data/config.py
   to explain   configs/explain.py
   to verify    configs/verify.py
+  to export    configs/export.py
 
 --workdir: the folder of the results (default: runs/NAME, or runs/NAME_ARGUMENT).
 """

@@ -16,6 +16,7 @@ from tests.models.pretrained.checkpoints import (
     load,
 )
 from tests.networks import random_params
+from wf_vit import command
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained.preprocess import IMAGENET, ImageFormat, Preprocess
@@ -205,3 +206,13 @@ def test_a_checkpoint_of_timm_survives_the_way_there_and_back(tmp_path):
         expected = expected_of(name)["16x16"]
         got = compute(pretrained.load(tmp_path / name), expected["images"])
         np.testing.assert_allclose(got["logits"], expected["logits"], atol=1e-5)
+
+
+def test_a_checkpoint_is_exported_in_one_command(tmp_path):
+    arguments = ["--config=export", f"--workdir={tmp_path}", "--config.layout=timm"]
+    with pytest.raises(UsageError, match=r"config\.weights is empty"):
+        command.run(arguments)
+    weights = FIXTURES / "timm_dinov2_registers_swiglu"
+    command.run([*arguments, f"--config.weights={weights}"])
+    got, expected = pretrained.load(tmp_path).params, pretrained.load(weights).params
+    jax.tree.map(np.testing.assert_array_equal, got, expected)

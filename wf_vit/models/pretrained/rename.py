@@ -135,12 +135,14 @@ def choose(arrays: Arrays, wanted: str | None) -> tuple[Layout, dict[str, np.nda
 
 
 def summary(names: Iterable[str], most: int = 6) -> str:
-    """Returns names by their first part, with how many arrays each has."""
-    counts = {}
-    for name in names:
-        first = re.split(r"[./]", name)[0]
-        counts[first] = counts.get(first, 0) + 1
-    parts = [f"{n} ({c} arrays)" if c > 1 else n for n, c in sorted(counts.items())]
+    """Returns names, those with the same first part as one, with their number."""
+    groups = {}
+    for name in sorted(names):
+        groups.setdefault(re.split(r"[./]", name)[0], []).append(name)
+    parts = [
+        f"{first} ({len(group)} arrays)" if len(group) > 1 else group[0]
+        for first, group in groups.items()
+    ]
     rest = len(parts) - most
     return ", ".join(parts[:most]) + (f" and {rest} more" if rest > 0 else "")
 

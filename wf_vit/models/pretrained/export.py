@@ -1,0 +1,38 @@
+"""The task ``export``: any checkpoint, saved in another layout."""
+
+import logging
+from pathlib import Path
+
+import ml_collections
+
+from wf_vit.errors import UsageError
+from wf_vit.models import pretrained
+
+_LOG = logging.getLogger(__name__)
+
+
+def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Saves ``config.weights`` in the layout ``config.layout``.
+
+    Args:
+      config: of ``configs/export.py``.
+      workdir: the folder that is written.
+
+    Raises:
+      UsageError: the checkpoint cannot be opened, or the layout cannot hold it.
+    """
+    if not config.weights:
+        raise UsageError(
+            "config.weights is empty: name a checkpoint, such as the folder of a run."
+        )
+    loaded = pretrained.load(
+        config.weights,
+        num_heads=config.num_heads,
+        which=config.which or None,
+        prefix=config.prefix or None,
+    )
+    loaded.save(workdir, layout=config.layout)
+    _LOG.info(
+        "Saved %s in the layout %s as %s: %r", config.weights, config.layout, workdir,
+        loaded,
+    )  # fmt: skip
