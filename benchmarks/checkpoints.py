@@ -255,6 +255,20 @@ as_apple = swaps(
 )
 
 
+as_baai = swaps(
+    (r"attn\.([qv])_proj\.bias", r"attn.\1_bias"),
+    (r"mlp\.fc1_g", "mlp.w1"),
+    (r"mlp\.fc1_x", "mlp.w2"),
+    (r"mlp\.fc2", "mlp.w3"),
+    (r"mlp\.norm", "mlp.ffn_ln"),
+)
+
+
+def as_meta_dinov2(state: dict) -> dict:
+    """Meta's names of DINOv2, which Franca has too."""
+    return {**state, "mask_token": torch.ones(1, state["cls_token"].shape[-1])}
+
+
 def with_decoder(state: dict) -> dict:
     """MAE's pretraining file: the encoder, and a decoder beside it."""
     extra = {"mask_token": 8, "decoder_pos_embed": 8, "decoder_embed.weight": 8}
@@ -286,6 +300,12 @@ def cases() -> list[Case]:
          ((518, 518), (224, 224), (140, 322))),
         ("DINOv2", "timm vit_small_patch14_reg4_dinov2",
          of_timm("vit_small_patch14_reg4_dinov2", **S), ((518, 518), (154, 266))),
+        ("Franca", "Meta's names of DINOv2, S/14",
+         renamed("vit_small_patch14_dinov2", as_meta_dinov2, num_classes=0),
+         ((518, 518),)),
+        ("TIPSv2", "transformers Tipsv2VisionModel, S/14",
+         hugging_face("Tipsv2VisionModel", t.Tipsv2VisionConfig(
+             hidden_size=384, num_attention_heads=6, image_size=224)), (square,)),
         ("TIPSv2", "timm vit_base_patch14_reg1_tipsv2",
          of_timm("vit_base_patch14_reg1_tipsv2", **S), ((448, 448),)),
         ("DINOv3", "transformers DINOv3ViTModel S/16",
@@ -319,6 +339,8 @@ def cases() -> list[Case]:
          of_timm("eva02_tiny_patch14_336", **S), ((336, 336), (224, 280))),
         ("EVA-02", "timm eva02_base_patch14_448, module",
          of_timm("eva02_base_patch14_448", file=False, **S), ((448, 448),)),
+        ("EVA-02", "BAAI's names, B/14 at 448",
+         renamed("eva02_base_patch14_448", as_baai, num_classes=10), ((448, 448),)),
         ("EVA", "timm eva_giant_patch14_224, 2 layers",
          of_timm("eva_giant_patch14_224", depth=2, **S), (square,)),
         ("Perception Encoder", "timm vit_pe_core_tiny_patch16_384",
@@ -349,6 +371,10 @@ def cases() -> list[Case]:
          (square,)),
         ("SigLIP", "transformers SiglipVisionModel B/16",
          hugging_face("SiglipVisionModel", t.SiglipVisionConfig()), (square, oblong)),
+        ("SigLIP", "transformers SiglipVisionModel so400m/14 at 384, 2 layers",
+         hugging_face("SiglipVisionModel", t.SiglipVisionConfig(
+             hidden_size=1152, num_attention_heads=16, intermediate_size=4304,
+             num_hidden_layers=2, patch_size=14, image_size=384)), ((384, 384),)),
         ("SigLIP", "transformers SiglipForImageClassification B/16",
          hugging_face("SiglipForImageClassification", t.SiglipConfig(num_labels=10)),
          (square,)),
@@ -462,7 +488,10 @@ def errors(case: Case, folder: Path) -> dict[str, Any]:
                 {"params": params}, x, record=True
             )
         )
-        logits, out = forward(loaded.params, images.permute(0, 2, 3, 1).numpy())
+        # What no patch covers is cut off: 6 of 384 pixels, with patches of 14.
+        height, width = model.image_size
+        ours = images.permute(0, 2, 3, 1).numpy()[:, :height, :width]
+        logits, out = forward(loaded.params, ours)
         got = {"logits": logits, "tokens": out["tokens"], "pooled": out["pooled"]}
         if model.num_classes == 0:
             got["logits"] = out["pooled"]
