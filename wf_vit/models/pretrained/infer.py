@@ -254,7 +254,8 @@ def _readout(
     if pool == "map":
         _complete_query(parameters, attributes)
         up = parameters.get("attention_pool/mlp/up/kernel")
-        readout["pool_mlp_dim"] = 0 if up is None else up.shape[-1]
+        hidden = 0 if up is None else up.shape[-1]
+        readout["pool_mlp_dim"] = None if hidden == attributes["mlp_dim"] else hidden
     else:
         readout |= {"pool_heads": None, "pool_mlp_dim": None}
     if "representation/kernel" in parameters:
