@@ -27,4 +27,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.which = ""
     # Of a state dict with several networks, what stands before the names of one.
     config.prefix = ""
-    return config
+    return config.lock()

@@ -26,6 +26,7 @@ ARGUMENTS = {
     ],
     # These train nothing; they have a test of their own.
     "explain": [],
+    "export": [],
     "verify": [],
 }
 
@@ -60,7 +61,12 @@ def test_config(name, argument):
 
 
 @pytest.mark.parametrize(
-    ("name", "override"), [("explain", {"image_size": (224,)}), ("verify", {"seed": 3})]
+    ("name", "override"),
+    [
+        ("explain", {"image_size": (224,)}),
+        ("export", {"layout": "timm"}),
+        ("verify", {"seed": 3}),
+    ],
 )
 def test_config_of_an_analysis(name, override):
     module = importlib.import_module(f"configs.{name}")
