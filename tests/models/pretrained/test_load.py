@@ -1,6 +1,7 @@
 """Loaded models: they compute what the libraries do; misfits are listed; new heads."""
 
 import logging
+import re
 
 import jax
 import numpy as np
@@ -123,3 +124,16 @@ def test_the_head_is_kept_replaced_or_removed(caplog):
     np.testing.assert_array_equal(
         compute(none, images)["tokens"], compute(kept, images)["tokens"]
     )
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_vit", "timm_pe_core", "hf_siglip"])
+@pytest.mark.parametrize(
+    "pattern", [r"(^|\.)(norm|(post_)?layernorm)\.", r"norm1\.bias"]
+)
+def test_what_a_whole_model_lacks_is_missing_and_not_an_option(tmp_path, name, pattern):
+    def damage(arrays):
+        for array in [n for n in arrays if re.search(pattern, n) and "head" not in n]:
+            del arrays[array]
+
+    with pytest.raises(UsageError, match=r"missing: (norm|blocks_0/attention_norm)/"):
+        pretrained.load(copy_with(name, tmp_path, damage))

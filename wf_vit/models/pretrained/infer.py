@@ -200,7 +200,7 @@ def _blocks(parameters: Parameters) -> dict[str, Any]:
     if "mlp/gate/kernel" in found:
         attributes["mlp"] = "swiglu"
     attributes["mlp_inner_norm"] = "mlp/norm/scale" in found
-    if "attention_norm/bias" not in found:
+    if not {"attention_norm/bias", "mlp_norm/bias"} & found:
         attributes["norm_kind"] = "rms"
     if found & {"attention_scale", "mlp_scale"}:
         attributes["layer_scale"] = 1.0
@@ -250,7 +250,7 @@ def _readout(
         _leave(parameters, "attention_pool/")
         if not layout.classifier.get("final_norm", True):
             _leave(parameters, "norm/")
-    readout["final_norm"] = "norm/scale" in parameters
+            readout["final_norm"] = False
     if pool == "map":
         _complete_query(parameters, attributes)
         up = parameters.get("attention_pool/mlp/up/kernel")

@@ -37,10 +37,11 @@ IGNORED = re.compile(
     r"|(optim\w*|opt|opt_state|criterion|(\w+_)?loss|\w*scheduler|ema)[./].*"
 )
 
-# Of what is not under the network's own prefix, what belongs to it all the same.
-_HEADS = re.compile(
+# Of what is not under the network's own prefix, what belongs to it all the same: its
+# heads, and the final norm of BEiT's pretraining.
+_BESIDE = re.compile(
     r"(classifier|cls_classifier|distillation_classifier|linear_head|head|fc"
-    r"|visual_projection)[./].*"
+    r"|visual_projection|layernorm)[./].*"
 )
 
 # Rows of one matrix that hold several projections, in their order.
@@ -116,7 +117,7 @@ def choose(arrays: Arrays, wanted: str | None) -> tuple[Layout, dict[str, np.nda
     beside = {
         name.removeprefix(parent): array
         for name, array in arrays.items()
-        if prefix and name.startswith(parent) and _HEADS.fullmatch(name[len(parent) :])
+        if prefix and name.startswith(parent) and _BESIDE.fullmatch(name[len(parent) :])
     }
     own = {
         name: array

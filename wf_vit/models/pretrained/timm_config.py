@@ -61,6 +61,7 @@ ARCHITECTURES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (r"_pe_core_(tiny|small|large)", {"rotary": _pe_rope(24.0)}),
     (r"_pe_(lang|spatial)", {"rotary": _pe_rope(32.0)}),
     (r"_pe_\w+_gigantic", {"rotary": _pe_rope(32.0, offset=0.0), "num_heads": 16}),
+    (r"_pe_(lang|spatial)|_radio_|_intern300m", {"final_norm": False}),
     (r"giantopt_.*siglip|^vit_base_patch16_gap", {"num_heads": 16}),
     (r"huge_plus_.*dinov3", {"num_heads": 20}),
     (r"vit_7b_.*dinov3", {"num_heads": 32}),
@@ -195,6 +196,9 @@ def module_hints(module: Any) -> Hints:
         model["mlp"] = ACTIVATIONS[activation]
         model["norm_epsilon"] = getattr(getattr(block, "norm1", None), "eps", None)
         model["num_heads"] = getattr(getattr(block, "attn", None), "num_heads", None)
+    norms = {type(getattr(module, n, None)).__name__ for n in ("norm", "fc_norm")}
+    if norms == {"Identity"}:
+        model["final_norm"] = False
     pooling = getattr(module, "attn_pool", None)
     model["pool_heads"] = getattr(pooling, "num_heads", None)
     if getattr(module, "pool_include_prefix", False):
