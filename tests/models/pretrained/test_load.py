@@ -128,7 +128,7 @@ def test_the_head_is_kept_replaced_or_removed(caplog):
 
 @pytest.mark.parametrize("name", ["timm_vit", "hf_vit", "timm_pe_core", "hf_siglip"])
 @pytest.mark.parametrize(
-    "pattern", [r"(^|\.)(norm|(post_)?layernorm)\.", r"norm1\.bias"]
+    "pattern", [r"(^|\.)(norm|(post_)?layernorm)\.", r"(norm1|layernorm_before)\.bias"]
 )
 def test_what_a_whole_model_lacks_is_missing_and_not_an_option(tmp_path, name, pattern):
     def damage(arrays):
