@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.models.make_processors import FILE, SIDE, configs, pictures
 from tests.models.pretrained.checkpoints import FIXTURES, copy_with
@@ -12,6 +13,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained.hints import image_hints
 from wf_vit.models.pretrained.preprocess import HALF, IMAGENET, ImageFormat, Preprocess
+from wf_vit.models.pretrained.timm_config import timm_hints
 
 # What stands with a layout, where a config does not say it.
 LAYOUT = ImageFormat(*HALF, "bicubic", None)
@@ -193,3 +195,34 @@ def test_pixels_that_no_patch_covers_are_resized_and_cut_off(tmp_path):
     )
     other = pretrained.load(folder, image_size=24)
     assert other.preprocess.leftover == (0, 0)
+
+
+@pytest.mark.slow
+def test_images_are_prepared_as_timm_does():
+    timm = pytest.importorskip("timm")
+    from timm.data import create_transform, resolve_data_config
+
+    assert timm
+    generator = np.random.default_rng(0)
+
+    def pick(*choices):
+        return choices[generator.integers(len(choices))]
+
+    for _ in range(60):
+        images = {
+            "input_size": (3, SIDE, SIDE),
+            "mean": pick((0.5, 0.5, 0.5), (0.48, 0.45, 0.4)),
+            "std": pick((0.5, 0.5, 0.5), (0.26, 0.27, 0.25)),
+            "interpolation": pick("bicubic", "bilinear", "nearest", "lanczos"),
+            "crop_pct": pick(0.7, 0.875, 0.9, 0.95, 1.0),
+            "crop_mode": pick("center", "squash"),
+        }
+        hints = timm_hints(
+            {"architecture": "vit_base_patch16_224", "pretrained_cfg": images}
+        )
+        form = dataclasses.replace(LAYOUT, **hints.image_format)
+        transform = create_transform(**resolve_data_config(pretrained_cfg=images))
+        for picture in pictures():
+            expected = transform(Image.fromarray(picture)).numpy().transpose(1, 2, 0)
+            got = Preprocess((SIDE, SIDE), form)([picture])[0]
+            np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=str(images))
