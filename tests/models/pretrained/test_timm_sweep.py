@@ -31,7 +31,6 @@ def architectures(timm):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_every_architecture_of_timm(tmp_path):
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
     from timm.models._hub import save_for_hf
