@@ -94,7 +94,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
             state, metrics = _train(
                 run,
                 done,
-                parallel.to_host(state),
+                parallel.spread(state),
                 update,
                 checkpoints,
                 reporter,
