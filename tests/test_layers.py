@@ -41,6 +41,7 @@ LIGHT = {
         "train.checkpoint",
         "train.config",
         "train.parallel",
+        "train.reporter",
         "train.steps",
     ],
 }
