@@ -85,7 +85,7 @@ class Trainer:
             ),
             training.teacher_params,
         )
-        self.state = parallel.to_host(training.start())
+        self.state = parallel.spread(training.start())
 
     def run(self, next_batch: Callable[[], steps.Batch], count: int) -> None:
         """Does ``count`` steps and waits for the last."""

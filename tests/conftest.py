@@ -17,6 +17,14 @@ if tuple(int(part) for part in version("jaxlib").split(".")[:2]) <= (0, 10):
     # Later releases do not know the flag, and would stop.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+# Many tests compile the same training step; the second time it is read from here. Also
+# the commands that tests start keep their programs here, and none in the user's home.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 import jax
 import jaxtyping
 import pytest
@@ -27,10 +35,6 @@ jaxtyping.install_import_hook("wf_vit", "beartype.beartype").__enter__()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Many tests compile the same training step; the second time it is read from here.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "wf_vit"
 
 # Lowest first; a module imports from its own layer and from those before it.
 LAYERS = [
-    ["errors", "arrays", "shapes", "grid", "workdir"],
+    ["errors", "arrays", "cache", "shapes", "grid", "workdir"],
     ["data", "models", "indicators"],
     ["measure", "tendency", "fields"],
     ["interventions"],
@@ -41,6 +41,7 @@ LIGHT = {
         "train.checkpoint",
         "train.config",
         "train.parallel",
+        "train.reporter",
         "train.steps",
     ],
 }
@@ -124,6 +125,14 @@ def test_what_a_benchmark_takes_from_the_package_is_there(path):
 def test_only_parallel_knows_of_pmap():
     users = [p.name for p in MODULES.values() if "pmap(" in p.read_text()]
     assert users == ["parallel.py"]
+
+
+def test_only_the_command_sets_up_jax():
+    """A notebook that uses the package keeps its own settings of JAX."""
+    users = [n for n, p in MODULES.items() if "wf_vit.cache" in imports_of(p)]
+    assert users == ["wf_vit.command"]
+    setters = [n for n, p in MODULES.items() if 'config.update("jax' in p.read_text()]
+    assert setters == ["wf_vit.cache"]
 
 
 def test_no_file_is_too_long_to_read():

@@ -112,6 +112,9 @@ def run(arguments: Sequence[str]) -> None:
     show_own_log()  # First: a config may import TensorFlow too.
     config, workdir = parse(arguments)
     check_task(config)
+    from wf_vit import cache
+
+    cache.keep_compiled_programs()
     with _missing_packages_explained():
         if config.task in ("train", "evaluate"):
             from wf_vit.train import parallel

@@ -69,6 +69,51 @@ def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def compiled(monkeypatch):
+    """How many programs each call of an update had to compile, in order."""
+    counts = []
+    updating = False
+    map_update = loop.parallel.map_update
+
+    def listen(event, seconds, **_):
+        if updating and event.endswith("/backend_compile_duration"):
+            counts[-1] += 1
+
+    def spied(*arguments):
+        update = map_update(*arguments)
+
+        def call(*arguments):
+            nonlocal updating
+            counts.append(0)
+            updating = True
+            try:
+                return update(*arguments)
+            finally:
+                updating = False
+
+        return call
+
+    monkeypatch.setattr(loop.parallel, "map_update", spied)
+    # It stays, and hears nothing after the test: jax 0.8 has no way to take it back.
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return counts
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_step_is_compiled_once_also_after_a_resume(
+    digits_config, tmp_path, compiled
+):
+    """A state that came as host arrays made the second step compile again."""
+    digits_config.total_steps = 3
+    loop.train(digits_config, tmp_path)
+    assert compiled == [1, 0, 0]
+    compiled.clear()
+    digits_config.total_steps = 6
+    loop.train(digits_config, tmp_path)
+    assert compiled == [1, 0, 0]
+
+
+@pytest.fixture
 def taken(monkeypatch):
     """The training examples that steps took, in order."""
     examples = []

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from clu import periodic_actions
 from jaxtyping import UInt8
 
 from wf_vit.data.config import DataConfig
@@ -94,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
             state, metrics = _train(
                 run,
                 done,
-                parallel.to_host(state),
+                parallel.spread(state),
                 update,
                 checkpoints,
                 reporter,
@@ -319,6 +318,8 @@ def _train(
 
 def _profiler(workdir: Path) -> Callable[[int], Any]:
     """Returns what to call after each step, to trace some of them."""
+    from clu import periodic_actions
+
     return periodic_actions.Profile(
         logdir=str(workdir),
         num_profile_steps=5,

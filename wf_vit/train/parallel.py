@@ -58,20 +58,16 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
 
 
-def to_host(tree: PyTree) -> PyTree:
-    """Returns a tree of NumPy arrays, from where a mapped step spreads it.
-
-    With several processes, jax 0.10 deletes a donated array that lies on one device
-    before it has been spread.
-    """
-    return jax.device_get(tree)
-
-
 def spread(tree: PyTree) -> PyTree:
-    """Hands a tree to all devices, each of which has the whole of it."""
+    """Hands a tree to all devices, each of which has the whole of it.
+
+    This is how a mapped step returns its state. A state that it is given otherwise
+    costs a compilation of its own. And with several processes, jax 0.10 deletes a
+    donated array that lies on one device before it has been spread.
+    """
     mesh = jax.sharding.Mesh(jax.devices(), AXIS)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(to_host(tree), everywhere)
+    return jax.device_put(jax.device_get(tree), everywhere)
 
 
 def map_update(step: Callable, shared: PyTree = None) -> Callable:
@@ -86,7 +82,7 @@ def map_update(step: Callable, shared: PyTree = None) -> Callable:
         are handed to the devices once.
 
     Returns:
-      The function of a state and a sharded batch.
+      The function of a state, spread over the devices, and a sharded batch.
     """
     mapped = jax.pmap(
         step, AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
-from clu import metric_writers
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
@@ -67,6 +66,9 @@ class Reporter:
         self._start = (step, time.perf_counter())
         if not active:
             return
+        # It brings TensorFlow, which whoever reads a finished run can do without.
+        from clu import metric_writers
+
         kept = [row for row in read_jsonl(workdir) if row["step"] <= step]
         (workdir / JSONL).write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = (workdir / JSONL).open("a", buffering=1)
