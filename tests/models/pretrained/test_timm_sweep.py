@@ -14,15 +14,16 @@ MODULES = ("vision_transformer", "eva", "beit", "deit", "vision_transformer_relp
 
 # What is refused: other blocks, other positions, other attention.
 REFUSED = re.compile(
-    r"_rpn_|_xp_|_18x2_|p?wee_|dlittle_|beit3_|eva02_enormous|eva02_\w+_clip_"
-    r"|relpos|_rope_mixed_|sapiens2|radio"
+    r"_rpn_|_xp_|_18x2_|_(d|p|dp)wee_|_dlittle_|beit3_|eva02_enormous|eva02_\w+_clip_"
+    r"|relpos|_rope_mixed_"
 )
 
 
 def architectures(timm):
     """Names of timm's plain vision transformers that are not too large to make."""
     entry_points = timm.models._registry._model_entrypoints
-    hybrids = re.compile(r"resnet|_r\d\d_|_mci_|hybrid")
+    # Sapiens2 has a setting for each of its layers, so two of them cannot be made.
+    hybrids = re.compile(r"resnet|_r\d\d_|_mci_|hybrid|sapiens2")
     huge = re.compile(r"giga|giant|huge|so400m|_[1357]b_|intern|enormous|large")
     for name in timm.list_models():
         module = entry_points[name].__module__.rpartition(".")[2]
@@ -58,5 +59,7 @@ def test_every_architecture_of_timm(tmp_path):
                 expected = model(images).numpy()
             error = np.abs(got - expected).max() / np.abs(expected).max()
             seen.add((name, bool(error < 1e-4)))
-    assert {name for name, equal in seen if not equal} == {"test_vit", "test_vit4"}
+    # timm's models for its own tests have heads 32 wide; that ours are assumed is said.
+    wrong = {name for name, equal in seen if not equal}
+    assert {name for name in wrong if not name.startswith("test_vit")} == set()
     assert len(seen) > 100
