@@ -9,6 +9,7 @@ and a misspelt key are answered at once, also where TensorFlow is not installed.
 import ast
 import contextlib
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import logging
@@ -23,7 +24,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from wf_vit.errors import UsageError
+from wf_vit import stops
+from wf_vit.errors import RunError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +91,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         this program was started with.
 
     Returns:
-      The exit status: 0, or 2 after a usage error, which is printed.
+      The exit status: 0; 2 after a usage error, 1 if the run cannot go on, 75 after a
+      stop by a signal, each of which is printed.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "-help", "--help"} & set(arguments):
         print(help_text())
         return 0
     try:
-        run(arguments)
+        with stops.handled(), _full_disk_explained():
+            run(arguments)
     except UsageError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return _ended(f"Error: {error}", 2)
+    except RunError as error:
+        return _ended(f"Error: {error}", 1)
+    except stops.Stopped as stop:
+        return _ended(str(stop), stops.STATUS)
     return 0
+
+
+def _ended(message: str, status: int) -> int:
+    """Prints why the run ended; returns the status with which it did."""
+    print(message, file=sys.stderr, flush=True)
+    return status
+
+
+@contextlib.contextmanager
+def _full_disk_explained() -> Iterator[None]:
+    """Turns a write that failed for lack of room into a message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while {error.filename} was written" if error.filename else ""
+        raise RunError(
+            f"The disk is full{where}. Make room and run again to continue."
+        ) from error
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, here is what to do"."""
+"""The two exceptions whose message is meant for a person: the command prints it."""
 
 
 class UsageError(ValueError):
@@ -6,4 +6,12 @@ class UsageError(ValueError):
 
     The message names what was given, what was expected and what to do next.
     The command prints it without a traceback and exits with status 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on: it diverged, the disk is full, a process is gone.
+
+    The message says what happened, what is kept and what to do next. The command prints
+    it without a traceback and exits with status 1.
     """

@@ -1,19 +1,30 @@
 """The files of a run: a working directory that is never half written."""
 
 import contextlib
+import datetime
 import hashlib
 import json
+import logging
+import os
+import socket
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 
 from wf_vit.errors import UsageError
 from wf_vit.shapes import Params
+
+_LOG = logging.getLogger(__name__)
+
+# Locked by the run that writes here, and what it says of itself.
+_LOCK = ".lock"
+_OWNER = ".owner.json"
 
 
 def command_line() -> str:
@@ -34,6 +45,72 @@ def prepare_workdir(workdir: Path) -> None:
             f"The working directory {workdir} cannot be written ({error.strerror}): "
             "pass another one with --workdir."
         ) from error
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds a working directory, so that no second run writes into it.
+
+    The lock is the system's: it is free as soon as its owner is dead.
+
+    Raises:
+      UsageError: the folder cannot be written, or another run holds it.
+    """
+    prepare_workdir(workdir)
+    owner = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command_line(),
+    }
+    lock = filelock.FileLock(workdir / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        other = read_json_if_whole(workdir / _OWNER)
+        raise UsageError(
+            f"{workdir} is in use by process {other.get('process', '?')} on "
+            f"{other.get('host', '?')}, started {other.get('started', '?')} "
+            f"({other.get('command', '?')}): wait for it, stop it, or pass another "
+            "--workdir."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        _LOG.warning(
+            "%s cannot be locked (%s): see to it that no second run uses it.",
+            workdir,
+            error,
+        )
+    try:
+        write_text(workdir / _OWNER, json.dumps(owner) + "\n")
+        yield
+    finally:
+        (workdir / _OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def read_json_if_whole(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; none, and a warning, if it is damaged.
+
+    A file that does not exist holds none either.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        _LOG.warning("%s cannot be read, and counts as empty: %s.", path, error)
+        return {}
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, all at once: a kill leaves the old one or the new one."""
+    with replacing(path) as partial, partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def claim_workdir(
@@ -62,7 +139,12 @@ def claim_workdir(
     settings = json.loads(json.dumps(settings))
     settings["parameters_sha256"] = _digest(params)
     if path.exists() and results.is_dir() and any(results.iterdir()):
-        earlier = json.loads(path.read_text())
+        earlier = read_json_if_whole(path)
+        if not earlier:
+            raise UsageError(
+                f"{path} is damaged, so that nobody knows the settings of the results "
+                "beside it: pass another --workdir, or remove this one."
+            )
         changed = [
             f"{name} was {earlier.get(name)!r} and is now {settings.get(name)!r}"
             for name in sorted(earlier.keys() | settings.keys())
@@ -73,8 +155,7 @@ def claim_workdir(
                 f"{workdir} holds results of other settings: {'; '.join(changed)}. "
                 "Pass another --workdir, or remove this one."
             )
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
+    write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 @contextlib.contextmanager

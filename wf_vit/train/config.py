@@ -94,6 +94,12 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     config.guidance.image_size = config_dict.placeholder(int)
     config.guidance.dtype = "bfloat16"  # of the teacher
 
+    # Updates that are not finite are skipped, up to so many in a run; then it stops.
+    config.max_skipped_updates = 10
+    # Where a run resumes with another model or order of the data, which would spoil it:
+    # "stop" with an error, or "continue".
+    config.on_change = "stop"
+
     set_duration(config, "log", steps=50)
     set_duration(config, "eval", epochs=5)
     set_duration(config, "checkpoint", steps=1000)
@@ -107,6 +113,9 @@ def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     config.distributed.coordinator_address = config_dict.placeholder(str)
     config.distributed.num_processes = config_dict.placeholder(int)
     config.distributed.process_id = config_dict.placeholder(int)
+    # Seconds after which a process that gives no sign of life counts as gone, and the
+    # others end too.
+    config.distributed.peer_timeout_seconds = 60.0
     return config
 
 
@@ -133,10 +142,16 @@ class Progress:
     Attributes:
       step: updates done.
       examples: training examples that they took, over all processes.
+      updates_skipped: of the updates, those that were not finite.
+      evaluation_pending: whether the evaluation that was due at this step was stopped.
+      window: the metrics of each step since the last report.
     """
 
     step: int = 0
     examples: int = 0
+    updates_skipped: int = 0
+    evaluation_pending: bool = False
+    window: tuple[dict[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,32 +16,33 @@ import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
+from wf_vit import stops
 from wf_vit.data.config import DataConfig
 from wf_vit.data.pipeline import Dataset, open_dataset
-from wf_vit.errors import UsageError
+from wf_vit.errors import RunError, UsageError
+from wf_vit.models.pretrained.stored import Stored
 from wf_vit.shapes import Params
-from wf_vit.train import parallel, steps
-from wf_vit.train.checkpoint import Checkpoints
+from wf_vit.train import parallel, peers, steps
+from wf_vit.train.checkpoint import Checkpoints, chosen, restored
 from wf_vit.train.config import Progress, Training, resolve
 from wf_vit.train.pictures import draw_pictures
-from wf_vit.train.reporter import Reporter, read_config, save_config, save_figures
+from wf_vit.train.reporter import (
+    Reporter,
+    check_changes,
+    read_config,
+    save_config,
+    save_figures,
+)
 from wf_vit.train.state import TrainState
-from wf_vit.workdir import prepare_workdir
+from wf_vit.workdir import held
 
 _LOG = logging.getLogger(__name__)
 
-# Steps that may be dispatched before the device has finished the first of them: it
-# hides the host's work, and bounds the batches that wait in the device's memory.
-_STEPS_AHEAD = 2
-
 _START = Progress()
 
-# What a checkpoint's ``meta`` calls the training examples that led to it.
-_EXAMPLES_SEEN = "examples_seen"
 
-
-class NonFiniteLossError(RuntimeError):
-    """The loss, the gradient or the update became infinite or NaN."""
+class NonFiniteLossError(RunError):
+    """Too many losses, gradients or updates were infinite or NaN."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
@@ -60,9 +60,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
       UsageError: the config cannot work; the message says what to do.
       NonFiniteLossError: training diverged; the last good checkpoint is intact.
     """
-    prepare_workdir(workdir)
-    with Checkpoints(workdir) as checkpoints:
-        done = _progress(checkpoints, config, workdir)
+    with _alone(config, workdir), Checkpoints(workdir) as checkpoints:
+        saved = checkpoints.newest()
+        done = _progress(saved, config, workdir)
+        if saved is not None:
+            check_changes(config, workdir)
         run = open_run(config, done=done)
         training = run.training
         update = parallel.map_update(
@@ -76,8 +78,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
             training.teacher_params,
         )
         state = training.start()
-        if checkpoints.last_step is not None:
-            state = checkpoints.restore(state)
+        if saved is None:
+            checkpoints.check_room(state)
+        else:
+            state = restored(saved, state)
+            del saved  # A copy of the state that the host need not keep.
             _LOG.info(
                 "Resuming after step %d and %d examples.", done.step, done.examples
             )
@@ -89,7 +94,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
             batch_size=run.batch_size,
             active=jax.process_index() == 0,
         )
-        with reporter:
+        with reporter, stops.deferred("The run is done, but for its figures."):
             state, metrics = _train(
                 run,
                 done,
@@ -111,14 +116,24 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
     return metrics
 
 
+@contextlib.contextmanager
+def _alone(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
+    """Holds the working directory for this run, all of whose processes are watched."""
+    seconds = config.distributed.peer_timeout_seconds
+    first = jax.process_index() == 0
+    lock = held(workdir) if first else contextlib.nullcontext()
+    with lock, peers.watched(workdir, seconds=seconds):
+        yield
+
+
 def _progress(
-    checkpoints: Checkpoints, config: ml_collections.ConfigDict, workdir: Path
+    saved: Stored | None, config: ml_collections.ConfigDict, workdir: Path
 ) -> Progress:
     """Returns how far the run of the working directory has come."""
-    step = checkpoints.last_step
-    if step is None:
+    if saved is None:
         return _START
-    examples = checkpoints.last_meta.get(_EXAMPLES_SEEN)
+    step, meta = int(saved.arrays["step"]), saved.meta
+    examples = meta.get("examples_seen")
     if examples is None:
         # A checkpoint of an earlier version: the run's config has the batch size.
         batch_size = read_config(workdir).get("batch_size", config.batch_size)
@@ -130,7 +145,13 @@ def _progress(
             examples,
             batch_size,
         )
-    return Progress(step, examples)
+    return Progress(
+        step,
+        examples,
+        updates_skipped=meta.get("updates_skipped", 0),
+        evaluation_pending=meta.get("evaluation_pending", False),
+        window=tuple(meta.get("window", ())),
+    )
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
@@ -143,10 +164,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
       UsageError: the config cannot work, or there is no checkpoint.
     """
     run = open_run(config, guided=False)
-    with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(
-            run.training.start(), which=config.evaluate_checkpoint
-        )
+    saved = chosen(workdir, config.evaluate_checkpoint)
+    state = restored(saved, run.training.start())
     metrics = run.evaluate(parallel.spread(state.eval_params))
     print(json.dumps({"step": int(state.step), **metrics}))
     return metrics
@@ -162,6 +181,7 @@ class Run:
       batch_size: of a step, over all devices of all processes.
       eval_batch_size: likewise, of evaluation.
       draws: whether an evaluation draws pictures, too.
+      max_skipped_updates: how many updates of the run may be skipped.
     """
 
     data: Dataset
@@ -169,6 +189,7 @@ class Run:
     batch_size: int
     eval_batch_size: int
     draws: bool
+    max_skipped_updates: int
 
     def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
         """Yields this process's sharded batches, from any example of the run on."""
@@ -181,8 +202,15 @@ class Run:
         )
         return map(parallel.shard, batches)
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once."""
+    def evaluate(
+        self, params: Params, stopping: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once.
+
+        Args:
+          params: of the model, spread over the devices.
+          stopping: asked after every batch; the result is empty once it says yes.
+        """
         metrics = {}
         for split in self.data.config.eval:
             batches = self.data.eval_batches(
@@ -196,6 +224,8 @@ class Run:
             for batch in batches:
                 sums = self._eval_step(params, parallel.shard(batch))
                 totals.update({k: float(v) for k, v in sums.items()})
+                if stopping():
+                    return {}
             for name in ("top1", "loss"):
                 metrics[f"{split}/{name}"] = totals[name] / totals["count"]
         return metrics
@@ -264,6 +294,7 @@ def open_run(
         batch_size=config.batch_size,
         eval_batch_size=config.eval_batch_size,
         draws=config.pictures,
+        max_skipped_updates=config.max_skipped_updates,
     )
 
 
@@ -276,20 +307,62 @@ def _train(
     reporter: Reporter,
     profile: Callable[[int], Any] | None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs all remaining steps; returns the final state and its evaluation."""
+    """Runs all remaining steps; returns the final state and its evaluation.
+
+    A stop is looked for at every step and at every batch of an evaluation. What the
+    interrupted step still owed, its evaluation and its report, is kept in the
+    checkpoint, so that the run that goes on is the same to the bit.
+
+    Raises:
+      Stopped: a stop was asked for; the step is saved.
+    """
     durations = run.training.durations
     num_train = run.data.info.num_examples["train"]
     best_split = next(iter(run.data.config.eval))
-    window = _Window(run.batch_size)
+    window = _Window(run, done)
     evaluation: dict[str, float] = {}
-    if done.step >= durations.total:
+    agreement = parallel.Agreement()
+
+    def stopping() -> bool:
+        return agreement.asks(bool(stops.asked()))
+
+    def evaluate_and_save(step: int, *, evaluates: bool, stop: bool, again=False):
+        """Returns the evaluation, and whether to stop."""
+        evaluation = {}
+        if evaluates and not stop:
+            evaluation = run.evaluate(state.eval_params, stopping)
+            stop = not evaluation
+        if evaluation:
+            reporter.write(step, evaluation)
+            if run.draws:
+                reporter.draw(step, lambda: run.pictures(state.eval_params))
+        meta = {
+            **run.training.meta,
+            "examples_seen": done.examples + (step - done.step) * run.batch_size,
+            "updates_skipped": window.updates_skipped,
+            "evaluation_pending": evaluates and not evaluation,
+            "window": window.rows(),
+        }
+        top1 = evaluation.get(f"{best_split}/top1")
+        checkpoints.save(state, meta, top1, again=again)
+        return evaluation, stop
+
+    stop = False
+    if done.evaluation_pending:
+        evaluation, stop = evaluate_and_save(
+            done.step, evaluates=True, stop=False, again=True
+        )
+    elif done.step >= durations.total:
         _LOG.info("All %d steps are done already.", durations.total)
-        return state, run.evaluate(state.eval_params)
-    batches = run.train_batches(done.examples)
+        return state, run.evaluate(state.eval_params, stopping)
+    if not stop:
+        batches = run.train_batches(done.examples)
     for step in range(done.step + 1, durations.total + 1):
+        if stop:
+            break
         state, metrics = update(state, next(batches))
-        examples = done.examples + (step - done.step) * run.batch_size
         window.add(step, metrics)
+        stop = stopping()
         if profile is not None:
             profile(step)
         reporter.advance(step)
@@ -300,19 +373,16 @@ def _train(
             scalars = window.close()
             rate = run.training.learning_rate(step - 1)
             scalars["train/learning_rate"] = float(rate)
+            examples = done.examples + (step - done.step) * run.batch_size
             scalars["train/epoch"] = examples / num_train
             reporter.write(step, scalars)
-        if saves:
+        if saves or stop:
             with window.pause():
-                if evaluates:
-                    evaluation = run.evaluate(state.eval_params)
-                    reporter.write(step, evaluation)
-                    if run.draws:
-                        draw = functools.partial(run.pictures, state.eval_params)
-                        reporter.draw(step, draw)
-                top1 = evaluation[f"{best_split}/top1"] if evaluates else None
-                meta = {**run.training.meta, _EXAMPLES_SEEN: examples}
-                checkpoints.save(state, meta, top1)
+                evaluation, stop = evaluate_and_save(
+                    step, evaluates=evaluates, stop=stop
+                )
+    if stop:
+        raise stops.stopped(f"Saved step {int(state.step)}.")
     return state, evaluation
 
 
@@ -329,17 +399,26 @@ def _profiler(workdir: Path) -> Callable[[int], Any]:
 
 
 class _Window:
-    """The training metrics and the time since the last report."""
+    """The training metrics and the time since the last report.
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._metrics: dict[int, steps.Metrics] = {}
+    Attributes:
+      updates_skipped: by the whole run, as they were not finite.
+    """
+
+    def __init__(self, run: Run, done: Progress):
+        self._batch_size = run.batch_size
+        self._limit = run.max_skipped_updates
+        self._device: dict[int, steps.Metrics] = {}
+        self._host = list(done.window)
+        self._steps = 0
+        self.updates_skipped = done.updates_skipped
         self._start = time.perf_counter()
 
     def add(self, step: int, metrics: steps.Metrics) -> None:
         """Takes a step's metrics, which may still be on their way."""
-        self._metrics[step] = metrics
-        awaited = self._metrics.get(step - _STEPS_AHEAD)
+        self._device[step] = metrics
+        self._steps += 1
+        awaited = self._device.get(step - parallel.STEPS_AHEAD)
         if awaited is not None:
             jax.block_until_ready(awaited)
 
@@ -347,13 +426,21 @@ class _Window:
         """Returns the means and the speed, and starts the next window.
 
         Raises:
-          NonFiniteLossError: a loss, a gradient or an update was not finite.
+          NonFiniteLossError: too many updates were skipped.
         """
-        rows = self._fetch()
-        means = {f"train/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
+        rows = self.rows()
+        finite = [row for row in rows if not row["updates_skipped"]] or rows
+        names = rows[0].keys() - {"updates_skipped"}
+        means = {
+            f"train/{name}": float(np.mean([row[name] for row in finite]))
+            for name in sorted(names)
+        }
+        if self.updates_skipped:
+            means["train/updates_skipped"] = float(self.updates_skipped)
+            means["train/max_skipped_updates"] = float(self._limit)
         seconds = time.perf_counter() - self._start
-        means["train/images_per_second"] = len(rows) * self._batch_size / seconds
-        self._metrics = {}
+        means["train/images_per_second"] = self._steps * self._batch_size / seconds
+        self._host, self._steps = [], 0
         self._start = time.perf_counter()
         return means
 
@@ -362,24 +449,42 @@ class _Window:
         """Leaves what happens inside out of the speed; checks the steps before it.
 
         Raises:
-          NonFiniteLossError: a loss, a gradient or an update was not finite.
+          NonFiniteLossError: too many updates were skipped.
         """
-        self._fetch()
+        self.rows()
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
-    def _fetch(self) -> list[dict[str, np.ndarray]]:
-        """Waits for the metrics of all steps; raises if one is not finite."""
-        rows = jax.device_get(self._metrics)
-        for step, row in rows.items():
-            norms = row["gradient_norm"], row["update_norm"]
-            if not math.isfinite(row["loss"] + sum(norms)):
+    def rows(self) -> list[dict[str, float]]:
+        """Waits for the metrics of all steps of the window and returns them.
+
+        Raises:
+          NonFiniteLossError: too many updates were skipped.
+        """
+        fetched = jax.device_get(self._device)
+        self._device = {}
+        for step, row in fetched.items():
+            self._host.append({name: float(value) for name, value in row.items()})
+            if not row["updates_skipped"]:
+                continue
+            self.updates_skipped += 1
+            found = (
+                f"At step {step} the loss is {row['loss']}, the norm of the gradient "
+                f"{row['gradient_norm']} and of the update {row['update_norm']}."
+            )
+            if self.updates_skipped > self._limit:
                 raise NonFiniteLossError(
-                    f"At step {step} the loss is {row['loss']}, the norm of the "
-                    f"gradient {norms[0]} and of the update {norms[1]}. The last "
-                    "checkpoint is from before. Lower config.optimizer.learning_rate "
-                    "or clip_norm, lengthen the warm-up, or check the data; then run "
+                    f"{found} {self.updates_skipped} updates were skipped, more than "
+                    f"config.max_skipped_updates, {self._limit}. The last checkpoint "
+                    "is from before. Lower config.optimizer.learning_rate or "
+                    "clip_norm, lengthen the warm-up, or check the data; then run "
                     "again to resume."
                 )
-        return list(rows.values())
+            _LOG.warning(
+                "%s This update is skipped, number %d of at most %d.",
+                found,
+                self.updates_skipped,
+                self._limit,
+            )
+        return self._host

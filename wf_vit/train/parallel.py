@@ -4,6 +4,7 @@ The state stays unreplicated: ``in_axes=None`` spreads it and ``out_axes=None`` 
 one copy back, so that nothing outside this module sees a device axis.
 """
 
+import collections
 import os
 from collections.abc import Callable
 
@@ -12,9 +13,14 @@ import ml_collections
 import numpy as np
 from jaxtyping import PyTree
 
+from wf_vit import stops
 from wf_vit.errors import UsageError
 
 AXIS = "devices"
+
+# Steps that may be dispatched before the device has finished the first of them: it
+# hides the host's work, and bounds the batches that wait in the device's memory.
+STEPS_AHEAD = 2
 
 # Set by the launchers of jobs that span hosts, when there is more than one process.
 _LAUNCHER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -27,12 +33,37 @@ def initialize(config: ml_collections.ConfigDict) -> None:
       config: ``config.distributed``. Without a coordinator address, a TPU pod, Slurm
         and Open MPI are detected.
     """
+    options = config.to_dict()
+    del options["peer_timeout_seconds"]
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     launched = any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_SIZES)
     if config.coordinator_address is not None:
-        jax.distributed.initialize(**config.to_dict())
+        jax.distributed.initialize(**options)
     elif pod or launched or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
+    stops.handle_again()  # JAX takes SIGTERM for a service of its own.
+
+
+class Agreement:
+    """Asks all processes a question; if one says yes, all hear yes at the same time."""
+
+    def __init__(self):
+        self._answers = collections.deque()
+        self._sum = jax.pmap(lambda x: jax.lax.psum(x, AXIS), AXIS, out_axes=None)
+
+    def asks(self, mine: bool) -> bool:
+        """Returns whether any process said yes, ``STEPS_AHEAD`` calls ago.
+
+        That is how long an answer may take without a device waiting for it. A process
+        alone hears itself at once.
+        """
+        if jax.process_count() == 1:
+            return mine
+        votes = np.full(jax.local_device_count(), mine, np.int32)
+        self._answers.append(self._sum(votes))
+        if len(self._answers) <= STEPS_AHEAD:
+            return False
+        return bool(self._answers.popleft() > 0)
 
 
 def local_batch_size(batch_size: int, *, what: str) -> int:

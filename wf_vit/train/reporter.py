@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from matplotlib.figure import Figure
 
 from wf_vit import figures
 from wf_vit.data import augment
+from wf_vit.errors import UsageError
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
+from wf_vit.workdir import read_json_if_whole, write_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,17 +30,54 @@ JSONL = "metrics.jsonl"
 CONFIG = "config.json"
 
 
+# What a run cannot change and stay one run: what is learned, and from what in which
+# order. Of the model, what only says how it is computed may change.
+_FIXED = ("seed", "model", "data.name", "data.train", "data.shuffle_buffer")
+_FREE = ("model.dtype", "model.remat", "model.drop_path", "model.fields.threshold")
+
+
 def read_jsonl(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's ``metrics.jsonl``, in the order of their steps."""
+    """Returns the rows of a run's ``metrics.jsonl``, in the order of their steps.
+
+    Lines that are no rows, such as the half of one that a crash left, are left out, and
+    the log says which. A value that was not finite is NaN.
+    """
     path = workdir / JSONL
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    # What "train/top1" was called by earlier versions.
-    return [
-        {"train/top1" if k == "train/accuracy" else k: v for k, v in row.items()}
-        for row in rows
-    ]
+    rows, unreadable = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line.strip(b"\0 "))
+            step = int(row.pop("step"))
+            rows.append(
+                {"step": step, **{_renamed(k): _number(v) for k, v in row.items()}}
+            )
+        except (ValueError, TypeError, AttributeError, KeyError):
+            unreadable.append(number)
+    if unreadable:
+        _LOG.warning(
+            "%s: %d lines are damaged and are left out, the first is line %d.",
+            path,
+            len(unreadable),
+            unreadable[0],
+        )
+    return rows
+
+
+def _renamed(name: str) -> str:
+    """Returns what a metric of an earlier version is called now."""
+    return "train/top1" if name == "train/accuracy" else name
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _line(step: int, scalars: Mapping[str, float]) -> str:
+    """Returns a line of ``metrics.jsonl``; JSON has no NaN, so that it is null."""
+    finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+    return json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
 
 
 class Reporter:
@@ -70,7 +110,9 @@ class Reporter:
         from clu import metric_writers
 
         kept = [row for row in read_jsonl(workdir) if row["step"] <= step]
-        (workdir / JSONL).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(
+            workdir / JSONL, "".join(_line(row.pop("step"), row) for row in kept)
+        )
         self._file = (workdir / JSONL).open("a", buffering=1)
         self._writer = metric_writers.AsyncWriter(
             metric_writers.SummaryWriter(str(workdir))
@@ -104,7 +146,7 @@ class Reporter:
         """Reports scalars of a step."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.write(_line(step, scalars))
         self._writer.write_scalars(step, dict(scalars))
         text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         if self._bar is None:
@@ -145,25 +187,65 @@ class Reporter:
 
 def read_config(workdir: Path) -> dict[str, Any]:
     """Returns what ``config.json`` holds; nothing if there is none."""
-    path = workdir / CONFIG
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json_if_whole(workdir / CONFIG)
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes ``config.json``, and logs what changed against an earlier one."""
-    if jax.process_index() != 0:
-        return
-    new = json.loads(config.to_json_best_effort())
-    old = read_config(workdir)
-    for name in sorted(old.keys() | new.keys()) if old else ():
-        if old.get(name) != new.get(name):
-            _LOG.warning(
-                "config.%s was %s when this run began and is now %s.",
-                name,
-                old.get(name),
-                new.get(name),
-            )
-    (workdir / CONFIG).write_text(json.dumps(new, indent=2) + "\n")
+    """Writes ``config.json``."""
+    if jax.process_index() == 0:
+        write_text(workdir / CONFIG, json.dumps(_plain(config), indent=2) + "\n")
+
+
+def check_changes(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Logs what of the config has changed since the run began.
+
+    Args:
+      config: with which the run is to go on.
+      workdir: of the run, with its ``config.json``.
+
+    Raises:
+      UsageError: what changed would spoil the run, and ``config.on_change`` does not
+        say to continue.
+    """
+    if config.on_change not in ("stop", "continue"):
+        raise UsageError(
+            f"config.on_change is {config.on_change!r}: choose 'stop' or 'continue'."
+        )
+    old = dict(_leaves(read_config(workdir)))
+    new = dict(_leaves(_plain(config)))
+    spoiling = []
+    # A key that the version before did not have is no change.
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] == new[name]:
+            continue
+        text = f"config.{name} was {old[name]!r} and is now {new[name]!r}"
+        _LOG.warning("%s.", text)
+        if _within(name, _FIXED) and not _within(name, _FREE):
+            spoiling.append(text)
+    if spoiling and config.on_change == "stop":
+        raise UsageError(
+            f"The run in {workdir} was begun with other settings: "
+            f"{'; '.join(spoiling)}. Use those of the run, pass a new --workdir, or, "
+            "if you mean it, --config.on_change=continue."
+        )
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns a config in terms of JSON."""
+    return json.loads(config.to_json_best_effort())
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every key, such as ``model.fields.growth``, and its value."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _within(name: str, groups: tuple[str, ...]) -> bool:
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def save_figures(

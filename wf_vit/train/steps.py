@@ -71,8 +71,9 @@ def train_step(
     Returns:
       The state after it, and metrics over the global batch: ``loss``, ``top1`` (on
       the augmented images, against the largest label), ``gradient_norm`` before
-      clipping, ``update_norm``, and ``field_area`` for models with fields; with
-      guidance also those of ``guidance.guide``.
+      clipping, ``update_norm``, ``updates_skipped`` (1 for an update that is not
+      finite and changes nothing, else 0), and ``field_area`` for models with fields;
+      with guidance also those of ``guidance.guide``.
     """
     key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     count = len(batch["label"])
@@ -96,12 +97,22 @@ def train_step(
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics["update_norm"] = optax.tree.norm(updates)
+    finite = jnp.isfinite(
+        metrics["loss"] + metrics["gradient_norm"] + metrics["update_norm"]
+    )
+    metrics["updates_skipped"] = 1.0 - finite
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
         # Early on the average follows fast, or it would remember the initialisation.
         decay = jnp.minimum(objective.ema_decay, (1 + state.step) / (10 + state.step))
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+    # An update that is not finite changes nothing but the count of the steps.
+    params, opt_state, ema_params = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, ema_params),
+        (state.params, state.opt_state, state.ema_params),
+    )
     state = TrainState(
         step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
     )

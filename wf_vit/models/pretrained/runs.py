@@ -1,19 +1,17 @@
 """Checkpoints of this package's own runs, as ``wf_vit.train`` leaves them."""
 
 from pathlib import Path
-
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from flax import traverse_util
+from typing import Any
 
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
+from wf_vit.models.pretrained import stored
 from wf_vit.models.pretrained.hints import read_json
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
 from wf_vit.models.pretrained.preprocess import ImageFormat
 from wf_vit.models.pretrained.readers import weights_in
+from wf_vit.models.pretrained.stored import DamagedError
 
 DIRECTORY = "checkpoints"
 
@@ -49,12 +47,12 @@ def read_run(source: Path) -> Checkpoint:
     """
     source = source.absolute()
     if (source / DIRECTORY).is_dir():
-        steps = ocp.utils.checkpoint_steps(source / DIRECTORY)
-        if not steps:
+        folders = stored.step_folders(source / DIRECTORY)
+        if not folders:
             raise UsageError(
                 f"There is no checkpoint in {source / DIRECTORY} yet: train first."
             )
-        source = source / DIRECTORY / str(max(steps))
+        source = folders[-1]
     config = source.parent.parent / "config.json"
     if not config.exists():
         raise UsageError(
@@ -66,29 +64,19 @@ def read_run(source: Path) -> Checkpoint:
             f"{config} is not that of a run of this package, though {DIRECTORY}/ is "
             "beside it: give the file of the weights by name."
         )
-    json_item = ocp.JsonCheckpointHandler()
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), meta=json_item, metrics=json_item
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
-        saved = checkpointer.metadata(source).item_metadata["state"]
-        kind = "params" if saved["ema_params"] is None else "ema_params"
-        wanted = {kind: saved[kind]}
-        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        restored = checkpointer.restore(
-            source,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=jax.tree.map(lambda _: as_numpy, wanted),
-                    partial_restore=True,
-                ),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
+    try:
+        saved = stored.read_step(source, lambda tree: [_kind(tree)])
+    except DamagedError as error:
+        others = ", ".join(f.name for f in stored.step_folders(source.parent))
+        raise UsageError(
+            f"The checkpoint {source} is damaged: {error}. Give the folder of another "
+            f"step of this run ({others}), or a copy."
+        ) from error
     return Checkpoint(
-        model=registry.from_json(restored["meta"]["model"]),
-        parameters=traverse_util.flatten_dict(restored["state"][kind], sep="/"),
+        model=registry.from_json(saved.meta["model"]),
+        parameters={
+            path.partition("/")[2]: array for path, array in saved.arrays.items()
+        },
         origin={},
         resampling=TORCH_CUBIC_ANTIALIAS,
         image_format=ImageFormat(
@@ -97,5 +85,10 @@ def read_run(source: Path) -> Checkpoint:
             interpolation=data["resize_method"],
             crop=data["eval_resize"],
         ),
-        class_names=tuple(restored["meta"].get("class_names", ())),
+        class_names=tuple(saved.meta.get("class_names", ())),
     )
+
+
+def _kind(tree: dict[str, Any]) -> str:
+    """Returns which parameters a run is evaluated with: their average if it has one."""
+    return "params" if tree["ema_params"] is None else "ema_params"
