@@ -38,17 +38,18 @@ class Stopped(KeyboardInterrupt):
     """
 
 
-class _State:
-    """What has been asked, and whether it may be answered at once."""
+class _Signals:
+    """What one ``handled`` has seen, and whether it may be answered at once."""
 
     def __init__(self):
-        self.active = False
         self.asked = ""  # The name of the first signal.
         self.deferrals = 0
         self.noticed = threading.Event()
 
 
-_STATE = _State()
+# Of the ``handled`` that is open; of none, nothing is ever asked.
+_NONE = _Signals()
+_current = _NONE
 
 
 @contextlib.contextmanager
@@ -57,19 +58,19 @@ def handled() -> Iterator[None]:
 
     Within another one, and outside of the main thread, it does nothing.
     """
+    global _current
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or _STATE.active:
+    if not in_main or _current is not _NONE:
         yield
         return
-    _STATE.__init__()
-    _STATE.active = True
+    _current = _Signals()
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     # Python's handlers wait for the main thread, which may be busy in XLA. What arrives
     # here is seen by another thread at once.
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, _notice) for number in _SIGNALS}
-    threading.Thread(target=_watch, args=(ours,), daemon=True).start()
+    threading.Thread(target=_watch, args=(ours, _current), daemon=True).start()
     try:
         yield
     finally:
@@ -77,19 +78,19 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(before)
         theirs.close()  # The thread ends.
-        _STATE.__init__()
+        _current = _NONE
 
 
 def handle_again() -> None:
     """Takes the signals back from a library that took them from ``handled``."""
-    if _STATE.active:
+    if _current is not _NONE:
         for number in _SIGNALS:
             signal.signal(number, _notice)
 
 
 def asked() -> str:
     """Returns the name of the signal that asked for a stop, or ''."""
-    return _STATE.asked
+    return _current.asked
 
 
 def check(kept: str) -> None:
@@ -101,13 +102,13 @@ def check(kept: str) -> None:
     Raises:
       Stopped: it was.
     """
-    if _STATE.asked:
+    if _current.asked:
         raise stopped(kept)
 
 
 def stopped(kept: str) -> Stopped:
     """Returns what to raise at a stop; ``kept`` says what is kept."""
-    by = _STATE.asked or "another process"
+    by = _current.asked or "another process"
     return Stopped(f"Stopped by {by}. {kept} Run the same command again to continue.")
 
 
@@ -122,24 +123,24 @@ def deferred(kept: str) -> Iterator[None]:
       Stopped: at the end, if a stop was asked for and the inside did not look.
     """
     check(kept)
-    _STATE.deferrals += 1
+    _current.deferrals += 1
     try:
         yield
     finally:
-        _STATE.deferrals -= 1
+        _current.deferrals -= 1
     check(kept)
 
 
 def _notice(number: int, frame: FrameType | None) -> None:
     """Python's handler, in the main thread."""
     del frame
-    _STATE.noticed.set()
-    _STATE.asked = _STATE.asked or signal.Signals(number).name
-    if not _STATE.deferrals:
+    _current.noticed.set()
+    _current.asked = _current.asked or signal.Signals(number).name
+    if not _current.deferrals:
         raise stopped("What was finished is kept.")
 
 
-def _watch(ours: socket.socket) -> None:
+def _watch(ours: socket.socket, seen: _Signals) -> None:
     """Sees every signal as it comes, whatever the main thread does."""
     count = 0
     while received := ours.recv(1):
@@ -147,12 +148,12 @@ def _watch(ours: socket.socket) -> None:
             continue
         count += 1
         name = signal.Signals(received[0]).name
-        _STATE.asked = _STATE.asked or name
+        seen.asked = seen.asked or name
         if count > 1:
             _leave(f"Left at once by a second {name}.", 128 + received[0])
-        elif _STATE.deferrals:
+        elif seen.deferrals:
             _LOG.info("Stopping soon, by %s; a second signal leaves at once.", name)
-        elif not _STATE.noticed.wait(_PATIENCE):
+        elif not seen.noticed.wait(_PATIENCE):
             _leave(str(stopped("What was finished is kept.")), STATUS)
     ours.close()
 

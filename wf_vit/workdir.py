@@ -9,6 +9,8 @@ import os
 import socket
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,9 +107,27 @@ def read_json_if_whole(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def opened_arrays(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Opens a file of arrays that a run has written.
+
+    Raises:
+      UsageError: it is damaged, or lacks an array that is looked up inside.
+    """
+    try:
+        with np.load(path) as arrays:
+            yield arrays
+    except UsageError:
+        raise
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): remove it, and run again to make it anew."
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, all at once: a kill leaves the old one or the new one."""
-    with replacing(path) as partial, partial.open("w") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

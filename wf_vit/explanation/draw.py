@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from wf_vit import figures, measure, page
 from wf_vit.explanation.explanation import Explanation
-from wf_vit.workdir import replacing
 
 FIGURES = "figures"
 PAGE = "page.html"
@@ -202,9 +201,3 @@ def page_html(
         model=model,
         max_bytes=max_bytes,
     )
-
-
-def save_page(html: str, path: Path) -> None:
-    """Writes a page, all at once."""
-    with replacing(path) as partial_file:
-        partial_file.write_text(html, encoding="utf-8")

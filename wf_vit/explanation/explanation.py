@@ -13,7 +13,7 @@ from wf_vit.errors import UsageError
 from wf_vit.fields import Field
 from wf_vit.grid import Grid
 from wf_vit.page import coding
-from wf_vit.workdir import replacing
+from wf_vit.workdir import opened_arrays, replacing
 
 # The folder of the results, in which every image has a folder of its own.
 IMAGES = "images"
@@ -239,12 +239,12 @@ class Explanation:
 
 def source_of(folder: Path) -> str:
     """Returns the digest of the image that ``data.npz`` in a folder explains."""
-    with np.load(folder / DATA) as file:
+    with opened_arrays(folder / DATA) as file:
         return file["source"].item() if "source" in file else ""
 
 
 def _read(folder: Path) -> dict[str, np.ndarray]:
-    with np.load(folder / DATA) as file:
+    with opened_arrays(folder / DATA) as file:
         found = int(file["format"]) if "format" in file else 1
         if found != FORMAT:
             raise UsageError(

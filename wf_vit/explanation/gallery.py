@@ -13,7 +13,7 @@ from PIL import Image
 
 from wf_vit.explanation.draw import FIGURES, PAGE
 from wf_vit.explanation.explanation import DATA, IMAGES
-from wf_vit.workdir import replacing
+from wf_vit.workdir import opened_arrays, write_text
 
 INDEX = "index.html"
 
@@ -75,8 +75,7 @@ def write(workdir: Path, names: Sequence[str], model: str) -> None:
 </body>
 </html>
 """
-    with replacing(workdir / INDEX) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(workdir / INDEX, text)
 
 
 def _card(workdir: Path, name: str) -> str:
@@ -84,7 +83,7 @@ def _card(workdir: Path, name: str) -> str:
     folder = workdir / IMAGES / name
     place = f"{IMAGES}/{quote(name)}"
     words = html.escape(name)
-    with np.load(folder / DATA) as arrays:
+    with opened_arrays(folder / DATA) as arrays:
         picture = _data_uri(arrays["photograph"])
         answer = ""
         if "class/name" in arrays:

@@ -20,6 +20,7 @@ from wf_vit.explanation.measuring import Settings, explain_attention, explain_ba
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
+from wf_vit.workdir import write_text
 
 # The figures that stand for an explanation where it is displayed.
 _SHOWN = ("class_map", "fields", "interactions", "tendency")
@@ -157,7 +158,7 @@ class Explained(Explanation):
         draw.save_figures(
             draw.image_drawings(self, model=self.model), folder / draw.FIGURES
         )
-        draw.save_page(self.page(), folder / draw.PAGE)
+        write_text(folder / draw.PAGE, self.page())
 
     def __repr__(self) -> str:
         return (

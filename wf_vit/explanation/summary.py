@@ -18,7 +18,7 @@ from wf_vit import fields
 from wf_vit.explanation import draw
 from wf_vit.explanation.explanation import ARRAYS, DATA, IMAGES
 from wf_vit.tendency import explained_share
-from wf_vit.workdir import replacing
+from wf_vit.workdir import opened_arrays, replacing, write_text
 
 TABLE = "table.csv"
 STATISTICS = "statistics.json"
@@ -89,8 +89,7 @@ def write(workdir: Path, names: Sequence[str], notes: dict[str, Any]) -> None:
     for file, meanings in parts.items():
         text += f"\n# {file}\n\n"
         text += "".join(f"- `{name}`: {what}\n" for name, what in meanings.items())
-    with replacing(workdir / "README.md") as partial:
-        partial.write_text(text)
+    write_text(workdir / "README.md", text)
 
 
 def _write_table(workdir: Path, names: Sequence[str]) -> None:
@@ -101,7 +100,7 @@ def _write_table(workdir: Path, names: Sequence[str]) -> None:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for name in names:
-            with np.load(workdir / IMAGES / name / DATA) as arrays:
+            with opened_arrays(workdir / IMAGES / name / DATA) as arrays:
                 table.writerows([name, *row] for row in _rows(arrays))
 
 
@@ -136,7 +135,7 @@ def _write_statistics(
 ) -> None:
     total = None
     for name in names:
-        with np.load(workdir / IMAGES / name / DATA) as arrays:
+        with opened_arrays(workdir / IMAGES / name / DATA) as arrays:
             layers = arrays["layers"].tolist()
             one = fields.statistics(_sample(arrays), axes=(2, 3))
         total = one if total is None else fields.merge(total, one)
@@ -147,8 +146,7 @@ def _write_statistics(
     content = {"images": int(total.count), **notes, "layers": layers}
     for key in mean:
         content[key] = {"mean": mean[key].tolist(), "std": std[key].tolist()}
-    with replacing(workdir / STATISTICS) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(workdir / STATISTICS, json.dumps(content, indent=2) + "\n")
     drawings = draw.depth_drawings(
         layers,
         area=mean["field_area"],

@@ -18,7 +18,7 @@ from wf_vit.explanation.measuring import Settings, explain_batch
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
-from wf_vit.workdir import claim_workdir, prepare_workdir, replacing
+from wf_vit.workdir import claim_workdir, held, replacing, write_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +47,17 @@ def explain(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     settings = _settings(config)
     sources = images.find(config.images, leave_out=workdir)
-    prepare_workdir(workdir)
+    with held(workdir):
+        _explain(sources, config, settings, workdir)
+
+
+def _explain(
+    sources: Sequence[images.Source],
+    config: ml_collections.ConfigDict,
+    settings: Settings,
+    workdir: Path,
+) -> None:
+    """Explains images, in a working directory that is this call's own."""
     loaded = pretrained.load(config.weights)
     claim_workdir(
         workdir,
@@ -291,4 +301,4 @@ def _draw_missing(
                 model=_describe(config.weights, loaded),
                 max_bytes=config.page_bytes,
             )
-            draw.save_page(html, own / draw.PAGE)
+            write_text(own / draw.PAGE, html)

@@ -356,6 +356,7 @@ def _train(
         _LOG.info("All %d steps are done already.", durations.total)
         return state, run.evaluate(state.eval_params, stopping)
     if not stop:
+        _LOG.info("Step %d of %d compiles first.", done.step + 1, durations.total)
         batches = run.train_batches(done.examples)
     for step in range(done.step + 1, durations.total + 1):
         if stop:

@@ -1,13 +1,16 @@
 """The processes of a run watch one another: none waits for ever for one that is gone.
 
-A collective operation waits for all processes, and JAX ends those that wait after a
-minute or more, by aborting. So each process leaves a sign of life in the working
-directory, which they share, and looks at those of the others.
+A collective operation waits for all processes, and JAX aborts those that wait, after a
+minute or more. So each process leaves a sign of life in the working directory, which
+they share, and looks at those of the others.
 """
 
 import contextlib
+import ctypes
 import json
+import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +23,8 @@ import jax
 
 from wf_vit.errors import RunError, UsageError
 from wf_vit.workdir import replacing
+
+_LOG = logging.getLogger(__name__)
 
 # In the working directory; a file for each process.
 FOLDER = ".processes"
@@ -57,11 +62,16 @@ def watched(workdir: Path, *, seconds: float) -> Iterator[None]:
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
+    _LOG.info(
+        "Watching the other processes of the run: %g s without a sign of life end it.",
+        seconds,
+    )
     thread = threading.Thread(target=_watch, args=(folder, seconds, over), daemon=True)
     thread.start()
     reason = ""
     try:
-        yield
+        with _aborts_explained():
+            yield
     except BaseException as error:
         expected = isinstance(error, UsageError | RunError | KeyboardInterrupt)
         reason = str(error) if expected else repr(error)
@@ -70,6 +80,29 @@ def watched(workdir: Path, *, seconds: float) -> Iterator[None]:
         over.set()
         thread.join()
         _write(folder, {"ended": reason})
+
+
+@contextlib.contextmanager
+def _aborts_explained() -> Iterator[None]:
+    """Gives an abort a message, too.
+
+    JAX aborts a process at once if process 0, which coordinates the run, is gone.
+    Python's own handlers would come too late: this one is C's, through ctypes.
+    """
+    handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype = ctypes.c_void_p
+    set_handler.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    handler = handler_type(
+        lambda _: _leave(
+            "JAX ended the run, since a process of it is gone (see above)."
+        )
+    )
+    before = set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        set_handler(signal.SIGABRT, before)
 
 
 def _watch(folder: Path, seconds: float, over: threading.Event) -> None:

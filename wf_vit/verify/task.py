@@ -32,8 +32,11 @@ from wf_vit.verify.windows import Windows
 from wf_vit.workdir import (
     claim_workdir,
     command_line,
+    held,
+    opened_arrays,
     prepare_workdir,
     replacing,
+    write_text,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -88,8 +91,10 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         for name in protocols
     }
     settings = json.loads(config.to_json_best_effort())
-    store = Store(workdir, settings, loaded.params)
-    _measure_missing(subject, protocols, limits, batches, store, config)
+    with held(workdir):
+        store = Store(workdir, settings, loaded.params)
+        _measure_missing(subject, protocols, limits, batches, store, config)
+        outcomes = store.load()
     estimate = partial(intervals, seed=config.seed, samples=config.bootstrap_samples)
     results = {
         "command": command_line(),
@@ -100,7 +105,7 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         },
         "config": settings,
         "images": limits,
-        **_summaries(store.load(), protocols, estimate),
+        **_summaries(outcomes, protocols, estimate),
     }
     _write(results, protocols, workdir)
     _LOG.info("Wrote %s.", workdir / "table.md")
@@ -168,7 +173,7 @@ class Store:
         """Returns the outcomes of all batches one after the other, by name."""
         parts: dict[str, list[np.ndarray]] = {}
         for path in sorted(self._folder.glob("*.npz")):
-            with np.load(path) as arrays:
+            with opened_arrays(path) as arrays:
                 for name in arrays.files:
                     parts.setdefault(name, []).append(arrays[name])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
@@ -296,7 +301,7 @@ def _summaries(
 def _write(results: Summary, protocols: Mapping[str, Protocol], workdir: Path) -> None:
     """Writes ``verify.json``, ``table.md`` and ``figures/``."""
     text = json.dumps(results, indent=1, allow_nan=False)
-    (workdir / "verify.json").write_text(text + "\n")
+    write_text(workdir / "verify.json", text + "\n")
     parts = [_heading(results)]
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
@@ -306,7 +311,7 @@ def _write(results: Summary, protocols: Mapping[str, Protocol], workdir: Path) -
             for stem, figure in protocol.figures(results[name]):
                 for suffix in ("png", "pdf"):
                     figure.savefig(folder / f"{stem}.{suffix}")
-    (workdir / "table.md").write_text("\n\n".join(parts) + "\n")
+    write_text(workdir / "table.md", "\n\n".join(parts) + "\n")
 
 
 def _heading(results: Summary) -> str:

@@ -1,0 +1,57 @@
+"""A disk that is full, before and while a run writes."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.reliability.processes import Run, whole
+from wf_vit.models.pretrained import stored
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 4 MB, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder, leave):
+    """Fills a file system but for so many bytes."""
+    usage = os.statvfs(folder)
+    free = usage.f_bavail * usage.f_frsize
+    (folder / "ballast").write_bytes(bytes(free - leave))
+
+
+def test_a_disk_that_is_too_small_is_known_at_the_start(disk):
+    fill(disk, 50_000)
+    with Run(disk / "run", settings={"model.width": 64}) as run:
+        assert run.wait() == [1]
+        assert "The disk is full: a checkpoint needs" in run.text()
+        assert "Step 1 of" not in run.text()
+        assert "Traceback" not in run.text()
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 30_000, 60_000])
+def test_a_disk_that_fills_up_leaves_what_was_saved(disk, leave):
+    settings = {"total_steps": 100_000, "checkpoint_steps": 20, "eval_steps": 100_000}
+    with Run(disk / "run", settings=settings) as run:
+        run.wait_for("step 28/")
+        fill(disk, leave)
+        assert run.wait(timeout=60) == [1], run.text()
+        assert "disk" in run.text().lower()
+        assert "Make room and run again to continue" in run.text()
+        assert "Traceback" not in run.text()
+    (disk / "ballast").unlink()
+    saved = int(stored.step_folders(disk / "run" / "checkpoints")[-1].name)
+    settings["total_steps"] = saved + 40
+    settings["on_change"] = "continue"
+    (text,) = whole(disk / "run", settings=settings)
+    assert f"Resuming after step {saved}" in text
