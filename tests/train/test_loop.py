@@ -1,5 +1,6 @@
 """Whole runs on real digits: resuming, evaluating, reporting, failing."""
 
+import itertools
 import json
 
 import jax
@@ -11,10 +12,12 @@ from tests.networks import apply
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.stops import Stopped
 from wf_vit.train import loop
 from wf_vit.train.checkpoint import Checkpoints, chosen, restored
 from wf_vit.train.reporter import Reporter, read_jsonl, save_config
 from wf_vit.train.state import init_state
+from wf_vit.workdir import held
 
 
 @pytest.fixture
@@ -309,3 +312,79 @@ def test_batches_that_cannot_be_shared_are_named(digits_config, change, message)
     digits_config.update(change)
     with pytest.raises(UsageError, match=message):
         loop.open_run(digits_config)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_updates_that_are_not_finite_are_skipped_and_counted(
+    digits_config, tmp_path, caplog
+):
+    """An infinite rate makes every update infinite: none of them is done."""
+    digits_config.optimizer.learning_rate = float("inf")
+    digits_config.warmup_steps = 0
+    digits_config.max_skipped_updates = 4
+    loop.train(digits_config, tmp_path)
+    assert "This update is skipped, number 4 of at most 4" in caplog.text
+    rows = [row for row in read_jsonl(tmp_path) if "train/loss" in row]
+    assert [row["train/updates_skipped"] for row in rows] == [1, 2, 3, 4]
+    assert {row["train/max_skipped_updates"] for row in rows} == {4}
+    saved = chosen(tmp_path, "last")
+    assert saved.meta["updates_skipped"] == 4
+    start = loop.open_run(digits_config).training.start()
+    got = restored(saved, start)
+    jax.tree.map(np.testing.assert_array_equal, got.params, start.params)
+    # The count is the run's, also over its interruptions.
+    digits_config.total_steps = 6
+    with pytest.raises(loop.NonFiniteLossError, match="5 updates were skipped, more"):
+        loop.train(digits_config, tmp_path)
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Makes a run see a signal once a condition holds, which each look asks for."""
+
+    def when(condition):
+        asked = []
+
+        def look():
+            if not asked and condition():
+                asked.append("SIGTERM")
+            return asked[0] if asked else ""
+
+        monkeypatch.setattr(loop.stops, "asked", look)
+
+    return when
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("looks", [1, 2, 3, 5, 6, 8])
+def test_a_stop_at_any_moment_changes_nothing(
+    digits_config, tmp_path, signalled, looks
+):
+    """At a step, at a step that is evaluated, and within an evaluation of five batches.
+
+    Reports come every third step, so that a stop also falls between two of them.
+    """
+    digits_config.update(log_steps=3, checkpoint_steps=3)
+    loop.train(digits_config, tmp_path / "whole")
+    count = itertools.count(1)
+    signalled(lambda: next(count) == looks)
+    with pytest.raises(Stopped, match=r"Saved step (\d)\.") as stop:
+        loop.train(digits_config, tmp_path / "parts")
+    saved = chosen(tmp_path / "parts", "last")
+    assert f"Saved step {saved.arrays['step']}." in str(stop.value)
+    signalled(lambda: False)
+    loop.train(digits_config, tmp_path / "parts")
+    for which in ("last", "best"):
+        ends = [chosen(tmp_path / name, which) for name in ("whole", "parts")]
+        for path, array in ends[0].arrays.items():
+            np.testing.assert_array_equal(ends[1].arrays[path], array, err_msg=path)
+    reports = [read_jsonl(tmp_path / name) for name in ("whole", "parts")]
+    for row in itertools.chain(*reports):
+        row.pop("train/images_per_second", None)
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_second_run_on_a_working_directory_is_refused(digits_config, tmp_path):
+    with held(tmp_path), pytest.raises(UsageError, match="in use by process"):
+        loop.train(digits_config, tmp_path)
