@@ -1,10 +1,12 @@
 """Real runs of the command, in processes that can be stopped and killed."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,11 +46,12 @@ class Run:
             settings["distributed.coordinator_address"] = address
         self.logs = []
         self.processes = []
-        workdir.mkdir(parents=True, exist_ok=True)
+        # Elsewhere: the disk of the run may be full.
+        folder = Path(tempfile.mkdtemp(prefix="wf_vit_logs_"))
         for index in range(processes):
             if processes > 1:
                 settings["distributed.process_id"] = index
-            log = workdir.parent / f"{workdir.name}.{time.time_ns()}.{index}.log"
+            log = folder / f"{index}.log"
             flags = [f"--config.{name}={value}" for name, value in settings.items()]
             with log.open("w") as file:
                 process = subprocess.Popen(
@@ -71,6 +74,7 @@ class Run:
         for process in self.processes:
             process.kill()
             process.wait()
+        shutil.rmtree(self.logs[0].parent)
 
     def wait(self, timeout=300):
         """Returns the statuses with which the processes ended."""

@@ -184,7 +184,7 @@ def test_a_full_disk_is_seen_before_a_checkpoint_is_written(run, monkeypatch, ca
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(100))
         with pytest.raises(RunError, match=r"needs .* GiB.* free\. Step 3 is kept"):
             checkpoints.save(make_state(4), {}, None)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(10_000))
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(200_000))
         checkpoints.check_room(make_state(4))
         assert "GiB more" not in caplog.text
     with Checkpoints(run.with_name("new")) as checkpoints:

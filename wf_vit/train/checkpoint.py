@@ -34,6 +34,8 @@ DAMAGED = "damaged_checkpoints"
 _MOST = 4
 
 _NEWEST = 2
+# Bytes that are written for an array beside its content, at most about.
+_OVERHEAD = 2048
 _GIB = 2**30
 
 
@@ -147,7 +149,7 @@ class Checkpoints:
         Raises:
           RunError: there is none.
         """
-        needed = _bytes(state)
+        needed = self._needed(state)
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise RunError(
@@ -179,6 +181,15 @@ class Checkpoints:
                 f"{self._directory} has {free / _GIB:.3f} GiB free. {self._kept()} "
                 "Make room and run again to continue."
             ) from error
+
+    def _needed(self, state: TrainState) -> int:
+        """Returns the bytes of a checkpoint: about those of the newest, if there is one."""
+        leaves = jax.tree.leaves(state)
+        content = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        folders = stored.step_folders(self._directory)
+        files = folders[-1].rglob("*") if folders else ()
+        on_disk = sum(file.stat().st_blocks * 512 for file in files)
+        return max(content + _OVERHEAD * len(leaves), on_disk)
 
     def _kept(self) -> str:
         folders = stored.step_folders(self._directory)
@@ -314,7 +325,3 @@ def _form(array: Any) -> str:
     if array is None:
         return "missing"
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
-
-
-def _bytes(state: TrainState) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
