@@ -3,9 +3,7 @@
 It is the command ``wf-vit`` of the installed package; ``--help`` says the rest.
 """
 
-import sys
-
-from wf_vit.command import main
+from wf_vit.command import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import absl.logging
 import ml_collections
@@ -69,6 +70,8 @@ TASKS = {
     ),
 }
 _DEFAULT = "digits"
+# Exit statuses; another one is ``stops.STATUS``.
+_FAILED, _USAGE = 1, 2
 # The extra [train] installs these; the rest of the package works without them.
 _TRAIN_PACKAGES = (
     "clu",
@@ -81,6 +84,20 @@ _TRAIN_PACKAGES = (
 )
 # What config_flags raises for a key or a file that does not exist, or a wrong type.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
+
+
+def program() -> NoReturn:
+    """Runs the command and ends the process.
+
+    After an error it waits for nothing: neither for threads of a library that could not
+    finish, nor for the other processes of a run, which learn of it otherwise.
+    """
+    status = main()
+    if status in (_USAGE, _FAILED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stops.handled(), _full_disk_explained():
             run(arguments)
     except UsageError as error:
-        return _ended(f"Error: {error}", 2)
+        return _ended(f"Error: {error}", _USAGE)
     except RunError as error:
-        return _ended(f"Error: {error}", 1)
+        return _ended(f"Error: {error}", _FAILED)
     except stops.Stopped as stop:
         return _ended(str(stop), stops.STATUS)
     return 0

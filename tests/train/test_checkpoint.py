@@ -181,13 +181,17 @@ def disk_with(free):
 
 def test_a_full_disk_is_seen_before_a_checkpoint_is_written(run, monkeypatch, caplog):
     with Checkpoints(run) as checkpoints:
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(100))
+        needed = checkpoints._needed(make_state(4))
+        content = sum(leaf.nbytes for leaf in jax.tree.leaves(make_state(4)))
+        assert content < needed < 100 * content
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(needed - 1))
         with pytest.raises(RunError, match=r"needs .* GiB.* free\. Step 3 is kept"):
             checkpoints.save(make_state(4), {}, None)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(200_000))
+        # Two are there, and there will be four for a moment.
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(2 * needed))
         checkpoints.check_room(make_state(4))
         assert "GiB more" not in caplog.text
-    with Checkpoints(run.with_name("new")) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(2 * needed - 1))
         checkpoints.check_room(make_state(4))
         assert "GiB more" in caplog.text
 

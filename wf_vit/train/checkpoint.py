@@ -183,7 +183,7 @@ class Checkpoints:
             ) from error
 
     def _needed(self, state: TrainState) -> int:
-        """Returns the bytes of a checkpoint: about those of the newest, if there is one."""
+        """Returns the bytes of a checkpoint: those of the newest, if there is one."""
         leaves = jax.tree.leaves(state)
         content = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         folders = stored.step_folders(self._directory)
