@@ -154,4 +154,4 @@ def test_wheel_metadata(wheel):
     assert "jax" in needed
     assert not {"tensorflow", "tensorflow-cpu", "clu", "tensorboard"} & set(needed)
     (name,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
-    assert "wf-vit = wf_vit.command:main" in wheel.read(name).decode()
+    assert "wf-vit = wf_vit.command:program" in wheel.read(name).decode()
