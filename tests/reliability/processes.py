@@ -37,9 +37,12 @@ _OF_THE_CLOCK = ("train/images_per_second",)
 class Run:
     """A run of one or more processes; as a context manager it leaves none behind."""
 
-    def __init__(self, workdir, *, processes=1, devices=4, settings=None):
-        """Starts it; ``settings`` are added to ``SMALL``."""
-        settings = {**SMALL, **(settings or {})}
+    def __init__(
+        self, workdir, *, config="digits", processes=1, devices=4, settings=None
+    ):
+        """Starts it; to those of training, ``settings`` are added to ``SMALL``."""
+        small = SMALL if config == "digits" else {}
+        settings = {**small, **(settings or {})}
         if processes > 1:
             settings["distributed.num_processes"] = processes
             address = f"localhost:{_free_port()}"
@@ -48,6 +51,7 @@ class Run:
         self.processes = []
         # Elsewhere: the disk of the run may be full.
         folder = Path(tempfile.mkdtemp(prefix="wf_vit_logs_"))
+        paths = [f"--config={config}", f"--workdir={workdir}"]
         for index in range(processes):
             if processes > 1:
                 settings["distributed.process_id"] = index
@@ -55,7 +59,7 @@ class Run:
             flags = [f"--config.{name}={value}" for name, value in settings.items()]
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    [sys.executable, "main.py", f"--workdir={workdir}", *flags],
+                    [sys.executable, "main.py", *paths, *flags],
                     cwd=ROOT,
                     stdout=file,
                     stderr=subprocess.STDOUT,
