@@ -236,6 +236,22 @@ def show_own_log() -> None:
     formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     absl.logging.get_absl_handler().setFormatter(formatter)
     logging.getLogger("wf_vit").setLevel(logging.INFO)
+    _hide_abandoned_operations()
+
+
+def _hide_abandoned_operations() -> None:
+    """Hides what Orbax prints after a failure has been raised.
+
+    One array that cannot be read or written ends the operation, and what was still on
+    its way to the others then finds no event loop: a traceback for each of them.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def help_text() -> str:

@@ -71,6 +71,11 @@ DAMAGES = {
     ).unlink(),
     "no state": lambda folder: shutil.rmtree(folder / "state"),
     "half of meta": lambda folder: (folder / "meta" / "metadata").write_text('{"of": '),
+    "a meta with another number": lambda folder: (
+        folder / "meta" / "metadata"
+    ).write_text(
+        (folder / "meta" / "metadata").read_text().replace('"of": 3', '"of": 2')
+    ),
     "a meta that is no object": lambda folder: (
         folder / "meta" / "metadata"
     ).write_text("[1]"),
@@ -118,7 +123,7 @@ def test_a_changed_array_is_found_by_its_digest(run, caplog, monkeypatch):
 
 def test_a_checkpoint_without_digests_is_read(run, monkeypatch):
     """As earlier versions wrote them."""
-    monkeypatch.setattr(stored, "digests", lambda _: None)
+    monkeypatch.setattr(stored, "sealed", lambda meta, _: meta)
     with Checkpoints(run) as checkpoints:
         checkpoints.save(make_state(4), {"of": 4}, None)
     assert newest(run).meta["of"] == 4

@@ -133,9 +133,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave(
-                        {**meta, stored.DIGESTS: stored.digests(state)}
-                    ),
+                    meta=ocp.args.JsonSave(stored.sealed(meta, state)),
                 ),
                 metrics=None if top1 is None else {METRIC: float(top1)},
             )

@@ -19,8 +19,9 @@ from jaxtyping import PyTree
 
 from wf_vit.errors import UsageError
 
-# What ``meta`` calls the digests.
+# What ``meta`` calls the digests of the arrays, and that of all else that it holds.
 DIGESTS = "sha256"
+_OF_META = "sha256_of_meta"
 
 
 class DamagedError(UsageError):
@@ -46,9 +47,16 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {"/".join(map(_name, path)): leaf for path, leaf in leaves}
 
 
-def digests(tree: PyTree) -> dict[str, str]:
-    """Returns the digest of every array, by path; to be saved in ``meta``."""
-    return {path: _digest(leaf) for path, leaf in by_path(tree).items()}
+def sealed(meta: dict[str, Any], tree: PyTree) -> dict[str, Any]:
+    """Returns ``meta`` with the digests by which ``read_step`` checks it and the arrays.
+
+    Args:
+      meta: in terms of JSON.
+      tree: of the arrays that are saved beside it.
+    """
+    digests = {path: _digest(leaf) for path, leaf in by_path(tree).items()}
+    meta = {**meta, DIGESTS: digests}
+    return {**meta, _OF_META: _digest_of_meta(meta)}
 
 
 def read_step(
@@ -75,8 +83,11 @@ def read_step(
         text = str(error).strip().partition("\n")[0]
         raise DamagedError(f"{type(error).__name__}: {text[:300]}") from error
     expected = stored.meta.get(DIGESTS)
-    if expected is None:  # A checkpoint of an earlier version.
+    seal = stored.meta.pop(_OF_META, None)
+    if expected is None and seal is None:  # A checkpoint of an earlier version.
         return stored
+    if seal != _digest_of_meta(stored.meta):
+        raise DamagedError("its meta is not what was written")
     for path, array in stored.arrays.items():
         if expected.get(path) != _digest(array):
             raise DamagedError(f"the array {path} is not what was written")
@@ -145,6 +156,11 @@ def _name(entry: Any) -> str:
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))
     raise TypeError(f"{entry!r} is no step of a path of a tree.")
+
+
+def _digest_of_meta(meta: dict[str, Any]) -> str:
+    text = json.dumps(meta, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(array: Any) -> str:
