@@ -10,15 +10,16 @@ import ast
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import absl.logging
 import ml_collections
@@ -246,12 +247,16 @@ def _hide_abandoned_operations() -> None:
     its way to the others then finds no event loop: a traceback for each of them.
     """
     show = sys.unraisablehook
+    if getattr(show, "__name__", "") == _show_unless_abandoned.__name__:
+        return
+    sys.unraisablehook = functools.wraps(_show_unless_abandoned)(
+        functools.partial(_show_unless_abandoned, show)
+    )
 
-    def hook(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            show(unraisable)
 
-    sys.unraisablehook = hook
+def _show_unless_abandoned(show: Callable[[Any], None], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
 
 
 def help_text() -> str:

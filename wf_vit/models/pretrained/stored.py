@@ -48,7 +48,7 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def sealed(meta: dict[str, Any], tree: PyTree) -> dict[str, Any]:
-    """Returns ``meta`` with the digests by which ``read_step`` checks it and the arrays.
+    """Returns ``meta`` with the digests by which ``read_step`` checks everything.
 
     Args:
       meta: in terms of JSON.
