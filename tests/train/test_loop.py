@@ -17,6 +17,7 @@ from wf_vit.train import loop
 from wf_vit.train.checkpoint import Checkpoints, chosen, restored
 from wf_vit.train.reporter import Reporter, read_jsonl, save_config
 from wf_vit.train.state import init_state
+from wf_vit.train.window import NonFiniteLossError
 from wf_vit.workdir import held
 
 
@@ -266,7 +267,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_
     digits_config.checkpoint_steps = 1
     digits_config.optimizer.learning_rate = float("inf")
     digits_config.max_skipped_updates = 0
-    with pytest.raises(loop.NonFiniteLossError, match="At step 3 the loss is 2"):
+    with pytest.raises(NonFiniteLossError, match="At step 3 the loss is 2"):
         loop.train(digits_config, tmp_path)
     assert chosen(tmp_path, "last").arrays["step"] == 2
 
@@ -334,7 +335,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(
     jax.tree.map(np.testing.assert_array_equal, got.params, start.params)
     # The count is the run's, also over its interruptions.
     digits_config.total_steps = 6
-    with pytest.raises(loop.NonFiniteLossError, match="5 updates were skipped, more"):
+    with pytest.raises(NonFiniteLossError, match="5 updates were skipped, more"):
         loop.train(digits_config, tmp_path)
 
 

@@ -1,31 +1,21 @@
 """The tasks ``train`` and ``evaluate``: data, devices, steps, checkpoints, reports."""
 
-import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
-from jaxtyping import UInt8
 
 from wf_vit import stops
-from wf_vit.data.config import DataConfig
-from wf_vit.data.pipeline import Dataset, open_dataset
-from wf_vit.errors import RunError, UsageError
 from wf_vit.models.pretrained.stored import Stored
-from wf_vit.shapes import Params
 from wf_vit.train import parallel, peers, steps
 from wf_vit.train.checkpoint import Checkpoints, chosen, restored
-from wf_vit.train.config import Progress, Training, resolve
-from wf_vit.train.pictures import draw_pictures
+from wf_vit.train.config import Progress
 from wf_vit.train.reporter import (
     Reporter,
     check_changes,
@@ -33,16 +23,12 @@ from wf_vit.train.reporter import (
     save_config,
     save_figures,
 )
+from wf_vit.train.run import Run, open_run
 from wf_vit.train.state import TrainState
+from wf_vit.train.window import Window
 from wf_vit.workdir import held
 
 _LOG = logging.getLogger(__name__)
-
-_START = Progress()
-
-
-class NonFiniteLossError(RunError):
-    """Too many losses, gradients or updates were infinite or NaN."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
@@ -131,7 +117,7 @@ def _progress(
 ) -> Progress:
     """Returns how far the run of the working directory has come."""
     if saved is None:
-        return _START
+        return Progress()
     step, meta = int(saved.arrays["step"]), saved.meta
     examples = meta.get("examples_seen")
     if examples is None:
@@ -171,133 +157,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     return metrics
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A config made concrete: its data and its training.
-
-    Attributes:
-      data: open.
-      training: the rest.
-      batch_size: of a step, over all devices of all processes.
-      eval_batch_size: likewise, of evaluation.
-      draws: whether an evaluation draws pictures, too.
-      max_skipped_updates: how many updates of the run may be skipped.
-    """
-
-    data: Dataset
-    training: Training
-    batch_size: int
-    eval_batch_size: int
-    draws: bool
-    max_skipped_updates: int
-
-    def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
-        """Yields this process's sharded batches, from any example of the run on."""
-        batches = self.data.train_batches(
-            batch_size=self.batch_size // jax.process_count(),
-            seed=self.training.objective.seed,
-            start=examples_seen // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return map(parallel.shard, batches)
-
-    def evaluate(
-        self, params: Params, stopping: Callable[[], bool] = lambda: False
-    ) -> dict[str, float]:
-        """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once.
-
-        Args:
-          params: of the model, spread over the devices.
-          stopping: asked after every batch; the result is empty once it says yes.
-        """
-        metrics = {}
-        for split in self.data.config.eval:
-            batches = self.data.eval_batches(
-                split,
-                batch_size=self.eval_batch_size // jax.process_count(),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            # The device adds up in float32 within a batch, the host in float64.
-            totals = collections.Counter()
-            for batch in batches:
-                sums = self._eval_step(params, parallel.shard(batch))
-                totals.update({k: float(v) for k, v in sums.items()})
-                if stopping():
-                    return {}
-            for name in ("top1", "loss"):
-                metrics[f"{split}/{name}"] = totals[name] / totals["count"]
-        return metrics
-
-    @functools.cached_property
-    def _eval_step(self) -> Callable[[Params, steps.Batch], steps.Metrics]:
-        augmentation = self.training.objective.augmentation
-        return parallel.map_reduce(
-            functools.partial(
-                steps.eval_step,
-                model=self.training.model,
-                mean=augmentation.mean,
-                std=augmentation.std,
-                axis=parallel.AXIS,
-            )
-        )
-
-    def pictures(self, params: Params) -> dict[str, np.ndarray]:
-        """Returns pictures of the model, by name."""
-        augmentation = self.training.objective.augmentation
-        return draw_pictures(
-            self.training.model,
-            params,
-            self.examples,
-            mean=augmentation.mean,
-            std=augmentation.std,
-        )
-
-    @functools.cached_property
-    def examples(self) -> UInt8[np.ndarray, "B height width 3"]:
-        """A few images of the first evaluation split, to be drawn."""
-        batch = next(
-            self.data.eval_batches(next(iter(self.data.config.eval)), batch_size=6)
-        )
-        return batch["image"][batch["mask"]]
-
-
-def open_run(
-    config: ml_collections.ConfigDict,
-    *,
-    guided: bool = True,
-    done: Progress = _START,
-) -> Run:
-    """Opens the data and resolves the config, checking them together.
-
-    Args:
-      config: the experiment's config (``wf_vit.train.config``).
-      guided: whether to open what guides; an evaluation needs no teacher.
-      done: where the run resumes.
-
-    Raises:
-      UsageError: what is wrong, and what to do.
-    """
-    local = parallel.local_batch_size(config.batch_size, what="config.batch_size")
-    parallel.local_batch_size(config.eval_batch_size, what="config.eval_batch_size")
-    per_device = local // jax.local_device_count()
-    if config.accumulate_steps < 1 or per_device % config.accumulate_steps:
-        raise UsageError(
-            f"config.accumulate_steps is {config.accumulate_steps}, but each device "
-            f"has {per_device} examples a step: choose a divisor of that."
-        )
-    data = open_dataset(DataConfig.of(config.data))
-    return Run(
-        data=data,
-        training=resolve(config, data.info, guided=guided, done=done),
-        batch_size=config.batch_size,
-        eval_batch_size=config.eval_batch_size,
-        draws=config.pictures,
-        max_skipped_updates=config.max_skipped_updates,
-    )
-
-
 def _train(
     run: Run,
     done: Progress,
@@ -319,7 +178,11 @@ def _train(
     durations = run.training.durations
     num_train = run.data.info.num_examples["train"]
     best_split = next(iter(run.data.config.eval))
-    window = _Window(run, done)
+    window = Window(
+        done,
+        batch_size=run.batch_size,
+        max_skipped_updates=run.max_skipped_updates,
+    )
     evaluation: dict[str, float] = {}
     agreement = parallel.Agreement()
 
@@ -397,95 +260,3 @@ def _profiler(workdir: Path) -> Callable[[int], Any]:
         profile_duration_ms=None,
         first_profile=10,
     )
-
-
-class _Window:
-    """The training metrics and the time since the last report.
-
-    Attributes:
-      updates_skipped: by the whole run, as they were not finite.
-    """
-
-    def __init__(self, run: Run, done: Progress):
-        self._batch_size = run.batch_size
-        self._limit = run.max_skipped_updates
-        self._device: dict[int, steps.Metrics] = {}
-        self._host = list(done.window)
-        self._steps = 0
-        self.updates_skipped = done.updates_skipped
-        self._start = time.perf_counter()
-
-    def add(self, step: int, metrics: steps.Metrics) -> None:
-        """Takes a step's metrics, which may still be on their way."""
-        self._device[step] = metrics
-        self._steps += 1
-        awaited = self._device.get(step - parallel.STEPS_AHEAD)
-        if awaited is not None:
-            jax.block_until_ready(awaited)
-
-    def close(self) -> dict[str, float]:
-        """Returns the means and the speed, and starts the next window.
-
-        Raises:
-          NonFiniteLossError: too many updates were skipped.
-        """
-        rows = self.rows()
-        finite = [row for row in rows if not row["updates_skipped"]] or rows
-        names = rows[0].keys() - {"updates_skipped"}
-        means = {
-            f"train/{name}": float(np.mean([row[name] for row in finite]))
-            for name in sorted(names)
-        }
-        if self.updates_skipped:
-            means["train/updates_skipped"] = float(self.updates_skipped)
-            means["train/max_skipped_updates"] = float(self._limit)
-        seconds = time.perf_counter() - self._start
-        means["train/images_per_second"] = self._steps * self._batch_size / seconds
-        self._host, self._steps = [], 0
-        self._start = time.perf_counter()
-        return means
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves what happens inside out of the speed; checks the steps before it.
-
-        Raises:
-          NonFiniteLossError: too many updates were skipped.
-        """
-        self.rows()
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def rows(self) -> list[dict[str, float]]:
-        """Waits for the metrics of all steps of the window and returns them.
-
-        Raises:
-          NonFiniteLossError: too many updates were skipped.
-        """
-        fetched = jax.device_get(self._device)
-        self._device = {}
-        for step, row in fetched.items():
-            self._host.append({name: float(value) for name, value in row.items()})
-            if not row["updates_skipped"]:
-                continue
-            self.updates_skipped += 1
-            found = (
-                f"At step {step} the loss is {row['loss']}, the norm of the gradient "
-                f"{row['gradient_norm']} and of the update {row['update_norm']}."
-            )
-            if self.updates_skipped > self._limit:
-                raise NonFiniteLossError(
-                    f"{found} {self.updates_skipped} updates were skipped, more than "
-                    f"config.max_skipped_updates, {self._limit}. The last checkpoint "
-                    "is from before. Lower config.optimizer.learning_rate or "
-                    "clip_norm, lengthen the warm-up, or check the data; then run "
-                    "again to resume."
-                )
-            _LOG.warning(
-                "%s This update is skipped, number %d of at most %d.",
-                found,
-                self.updates_skipped,
-                self._limit,
-            )
-        return self._host
