@@ -15,7 +15,7 @@ PACKAGE = ROOT / "wf_vit"
 
 # Lowest first; a module imports from its own layer and from those before it.
 LAYERS = [
-    ["errors", "arrays", "cache", "shapes", "grid", "workdir"],
+    ["errors", "settings", "arrays", "cache", "shapes", "grid", "workdir"],
     ["data", "models", "indicators"],
     ["measure", "tendency", "fields"],
     ["interventions"],

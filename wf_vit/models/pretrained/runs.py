@@ -1,6 +1,8 @@
 """Checkpoints of this package's own runs, as ``wf_vit.train`` leaves them."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +11,8 @@ from flax import traverse_util
 
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
+from wf_vit.models.pretrained import guards
+from wf_vit.models.pretrained.embedding import Parameters
 from wf_vit.models.pretrained.hints import read_json
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
@@ -45,11 +49,13 @@ def read_run(source: Path) -> Checkpoint:
       The checkpoint: the moving average of the parameters if the run keeps one.
 
     Raises:
-      UsageError: there is no checkpoint, or no ``config.json``.
+      UsageError: there is no checkpoint, or no ``config.json``, or they are damaged.
     """
     source = source.absolute()
+    advice = "The run is damaged, or not of this package: take another of its steps."
     if (source / DIRECTORY).is_dir():
-        steps = ocp.utils.checkpoint_steps(source / DIRECTORY)
+        with guards.explained(source / DIRECTORY, advice):
+            steps = ocp.utils.checkpoint_steps(source / DIRECTORY)
         if not steps:
             raise UsageError(
                 f"There is no checkpoint in {source / DIRECTORY} yet: train first."
@@ -66,6 +72,30 @@ def read_run(source: Path) -> Checkpoint:
             f"{config} is not that of a run of this package, though {DIRECTORY}/ is "
             "beside it: give the file of the weights by name."
         )
+    with guards.explained(source, advice):
+        meta, parameters = _restore(source)
+        model = registry.from_json(meta["model"])
+        names = guards.class_names(meta.get("class_names", ()))
+    with guards.explained(config, advice):
+        image_format = ImageFormat(
+            mean=tuple(data["augment"]["mean"]),
+            std=tuple(data["augment"]["std"]),
+            interpolation=data["resize_method"],
+            crop=data["eval_resize"],
+        )
+    return Checkpoint(
+        model=model,
+        parameters=parameters,
+        origin={},
+        resampling=TORCH_CUBIC_ANTIALIAS,
+        image_format=image_format,
+        class_names=names,
+    )
+
+
+def _restore(source: Path) -> tuple[dict[str, Any], Parameters]:
+    """Returns the ``meta`` of a checkpoint and its parameters by flat name."""
+    size = guards.regular_files(source)
     json_item = ocp.JsonCheckpointHandler()
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(), meta=json_item, metrics=json_item
@@ -74,6 +104,9 @@ def read_run(source: Path) -> Checkpoint:
         saved = checkpointer.metadata(source).item_metadata["state"]
         kind = "params" if saved["ema_params"] is None else "ema_params"
         wanted = {kind: saved[kind]}
+        leaves = jax.tree.leaves(wanted)
+        declared = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves]
+        guards.check_total(sum(declared), size, source)
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         restored = checkpointer.restore(
             source,
@@ -86,16 +119,5 @@ def read_run(source: Path) -> Checkpoint:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-    return Checkpoint(
-        model=registry.from_json(restored["meta"]["model"]),
-        parameters=traverse_util.flatten_dict(restored["state"][kind], sep="/"),
-        origin={},
-        resampling=TORCH_CUBIC_ANTIALIAS,
-        image_format=ImageFormat(
-            mean=tuple(data["augment"]["mean"]),
-            std=tuple(data["augment"]["std"]),
-            interpolation=data["resize_method"],
-            crop=data["eval_resize"],
-        ),
-        class_names=tuple(restored["meta"].get("class_names", ())),
-    )
+    parameters = traverse_util.flatten_dict(restored["state"][kind], sep="/")
+    return restored["meta"], parameters
