@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
 
 
@@ -35,11 +37,13 @@ class Task:
         config and the working directory.
       key: what the configs of this task have and those of other tasks may lack.
       summary: a line for the help.
+      keys: the config in our folder that declares the settings; None: training does.
     """
 
     module: str
     key: str
     summary: str
+    keys: str | None = None
 
 
 TASKS = {
@@ -52,13 +56,22 @@ TASKS = {
         "wf_vit.train.loop", "model", "evaluates the best checkpoint in --workdir"
     ),
     "explain": Task(
-        "wf_vit.explanation.task", "images", "explains images: figures, a page, a table"
+        "wf_vit.explanation.task",
+        "images",
+        "explains images: figures, a page, a table",
+        keys="explain",
     ),
-    "verify": Task("wf_vit.verify", "protocols", "checks the indicators on a data set"),
+    "verify": Task(
+        "wf_vit.verify",
+        "protocols",
+        "checks the indicators on a data set",
+        keys="verify",
+    ),
     "export": Task(
         "wf_vit.models.pretrained.export",
         "layout",
         "saves a checkpoint for timm, for transformers, or in our own layout",
+        keys="export",
     ),
     "prepare": Task(
         "wf_vit.data.prepare",
@@ -67,6 +80,7 @@ TASKS = {
     ),
 }
 _DEFAULT = "digits"
+_HELP = {"-h", "-help", "--help"}
 # The extra [train] installs these; the rest of the package works without them.
 _TRAIN_PACKAGES = (
     "clu",
@@ -92,10 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0, or 2 after a usage error, which is printed.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "-help", "--help"} & set(arguments):
-        print(help_text())
-        return 0
     try:
+        if _HELP & set(arguments):
+            print(help_text())
+            rest = [argument for argument in arguments if argument not in _HELP]
+            if rest:
+                print(keys_text(rest))
+            return 0
         run(arguments)
     except UsageError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -111,7 +128,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     show_own_log()  # First: a config may import TensorFlow too.
     config, workdir = parse(arguments)
-    check_task(config)
+    check(config)
     from wf_vit import cache
 
     cache.keep_compiled_programs()
@@ -157,6 +174,46 @@ def parse(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
         raise UsageError(f"Unexpected arguments {rest}: settings are --flags.")
     default = f"runs/{file.stem}" + (f"_{argument}" if argument else "")
     return loaded, Path(workdir.value or default)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UsageError unless a config fits its task, with all values in range."""
+    check_task(config)
+    settings.check(keys_of(config.task), config)
+
+
+def keys_of(task: str) -> settings.Tree:
+    """Returns the declarations of all settings of a task."""
+    name = TASKS[task].keys
+    if name is None:
+        with _missing_packages_explained():
+            return importlib.import_module("wf_vit.train.keys").KEYS
+    # Ours, whatever lies beside the user's config.
+    file = config_folder() / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"wf_vit_keys_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.KEYS
+
+
+def keys_text(arguments: Sequence[str]) -> str:
+    """Returns the help for the keys of the config that the arguments name.
+
+    Raises:
+      UsageError: as ``parse``.
+    """
+    config, _ = parse(arguments)
+    check_task(config)
+    lines = [f"Keys of this config (task {config.task}), with their values:"]
+    for key, value, expected, meaning in settings.rows(keys_of(config.task), config):
+        lines.append(f"\n  --config.{key}={value!r}")
+        lines += textwrap.wrap(
+            f"{meaning}. Expected: {expected}.",
+            width=88,
+            initial_indent="      ",
+            subsequent_indent="      ",
+        )
+    return "\n".join(lines)
 
 
 def check_task(config: ml_collections.ConfigDict) -> None:
@@ -214,12 +271,8 @@ The top of each file says what it needs, and which ARGUMENT it takes.
 Tasks: --config.task=TASK (default: the config's own).
 {_table(tasks)}
 
-Keys: --config.KEY=VALUE changes one, such as --config.batch_size=256. They are
-documented where they are set:
-  to train     wf_vit/train/config.py, --config.data.KEY in wf_vit/data/config.py
-  to explain   configs/explain.py
-  to verify    configs/verify.py
-  to export    configs/export.py
+Keys: --config.KEY=VALUE changes one, such as --config.batch_size=256.
+  --config=NAME --help lists all of a config with their values, ranges and meanings.
 
 --workdir: the folder of the results (default: runs/NAME, or runs/NAME_ARGUMENT).
 """

@@ -70,6 +70,13 @@ class Setting:
         """The kind, declared or that of the default."""
         return self.kind or type(self.default)
 
+    def as_field(self, default: Any, rest: str = "") -> Any:
+        """Returns the field of a dataclass, with another default and more to say."""
+        changed = dataclasses.replace(
+            self, default=default, kind=self.of_kind, meaning=self.meaning + rest
+        )
+        return dataclasses.field(default=default, metadata={_KEY: changed})
+
     def accepts(self, value: Any) -> bool:
         """Whether a value is of the kind and in the range."""
         if value is None:
@@ -134,18 +141,22 @@ class Setting:
 
     def _bounds(self) -> str:
         """Returns the range, in words that follow those of the kind."""
-        low = "" if self.low is None else _short(self.low)
-        high = "" if self.high is None else _short(self.high)
-        if low and high:
-            return f" from {low} to {high}"
-        parts = [f"of {low} or more"] if low else []
-        parts += [f"of at most {high}"] if high else []
-        parts += [] if self.above is None else [f"above {_short(self.above)}"]
-        parts += [] if self.below is None else [f"below {_short(self.below)}"]
-        return "".join(f" {part}" for part in [" and ".join(parts)] if part)
+        low, high, above, below = (
+            "" if number is None else _short(number)
+            for number in (self.low, self.high, self.above, self.below)
+        )
+        first = f" from {low}" if low else f" above {above}" if above else ""
+        last = f"up to {high}" if high else f"below {below}" if below else ""
+        if first and last:
+            joint = " to" if low else " and"
+            return f"{first}{joint} {last.removeprefix('up to ') if low else last}"
+        if low:
+            return f" of {low} or more"
+        return first or (f" {last}" if last else "")
 
 
 Tree = Mapping[str, "Setting | Tree"]
+Config = Mapping[str, Any] | ml_collections.ConfigDict
 
 
 def setting(default: Any, meaning: str, **options: Any) -> Any:
@@ -178,16 +189,20 @@ def duration(
 ) -> dict[str, Setting]:
     """Returns the three settings of a duration, of which the first set one counts."""
     bounds = {"low": 0} if low == 0 else {"above": 0}
-    most = {"high": LARGEST_COUNT}
+    options = {"optional": True, "high": LARGEST_COUNT}
     return {
         f"{name}_steps": Setting(
-            steps, f"{meaning}, in steps", kind=int, low=low, **most
+            steps, f"{meaning}, in steps", kind=int, low=low, **options
         ),
         f"{name}_epochs": Setting(
-            epochs, f"{meaning}, in epochs", kind=float, **bounds, **most
+            epochs, f"{meaning}, in epochs", kind=float, **bounds, **options
         ),
         f"{name}_percent": Setting(
-            percent, f"{meaning}, in percent of the run", kind=float, **bounds, high=100
+            percent,
+            f"{meaning}, in percent of the run",
+            kind=float,
+            **bounds,
+            **options | {"high": 100},
         ),
     }
 
@@ -202,7 +217,9 @@ def config_of(tree: Tree) -> ml_collections.ConfigDict:
         default = declared.default
         if declared.may_be_none:
             # What is set later has the kind, in spite of the None.
-            config[key] = config_dict.placeholder(declared.of_kind)
+            config[key] = config_dict.placeholder(
+                declared.items if declared.one_or_many else declared.of_kind
+            )
             if default is not None:
                 config[key] = default
         else:
@@ -210,7 +227,7 @@ def config_of(tree: Tree) -> ml_collections.ConfigDict:
     return config
 
 
-def problems(tree: Tree, config: Mapping[str, Any], name: str) -> list[str]:
+def problems(tree: Tree, config: Config, name: str) -> list[str]:
     """Returns what is wrong with the values of a config, a line for each key.
 
     Args:
@@ -245,7 +262,7 @@ def problems(tree: Tree, config: Mapping[str, Any], name: str) -> list[str]:
     return found
 
 
-def check(tree: Tree, config: Mapping[str, Any], name: str = "config") -> None:
+def check(tree: Tree, config: Config, name: str = "config") -> None:
     """Raises UsageError if a value is out of its declared range; names all of them."""
     found = problems(tree, config, name)
     if found:
@@ -258,7 +275,7 @@ def check_fields(instance: Any, name: str) -> None:
     check(declared, {key: getattr(instance, key) for key in declared}, name)
 
 
-def rows(tree: Tree, config: Mapping[str, Any], name: str = "") -> Iterator[tuple]:
+def rows(tree: Tree, config: Config, name: str = "") -> Iterator[tuple]:
     """Yields (key, value in a config, what is expected, meaning) of each setting."""
     for key, declared in tree.items():
         value = config[key]
