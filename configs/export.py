@@ -9,22 +9,35 @@ package's own layout, which ``wf_vit.models.pretrained.load`` opens.
 """
 
 import ml_collections
-from ml_collections import config_dict
+
+from wf_vit import settings
+from wf_vit.settings import Setting
+
+KEYS = {
+    "task": Setting("export", "what is done", choices=("export",)),
+    "weights": Setting(
+        "",
+        "what wf_vit.models.pretrained.load opens: a run's folder, or any published "
+        "file",
+    ),
+    "layout": Setting(
+        "wf_vit",
+        "for timm, for transformers (hf), or for this package",
+        choices=("timm", "hf", "wf_vit"),
+    ),
+    "num_heads": Setting(
+        None, "of the model, where nothing tells it", kind=int, low=1, high=2**16
+    ),
+    "which": Setting(
+        "", "of a file with several state dicts, the one that is meant, such as student"
+    ),
+    "prefix": Setting(
+        "",
+        "of a state dict with several networks, what stands before the names of one",
+    ),
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config; every key can be overridden."""
-    config = ml_collections.ConfigDict()
-    config.task = "export"
-
-    # What wf_vit.models.pretrained.load opens: a run's folder, or any published file.
-    config.weights = ""
-    # "timm", "hf" (transformers) or "wf_vit".
-    config.layout = "wf_vit"
-    # Where nothing tells the number of heads.
-    config.num_heads = config_dict.placeholder(int)
-    # Of a file with several state dicts, the entry that is meant, such as "student".
-    config.which = ""
-    # Of a state dict with several networks, what stands before the names of one.
-    config.prefix = ""
-    return config.lock()
+    return settings.config_of(KEYS).lock()

@@ -10,61 +10,106 @@ results/verify has those of two CIFAR-10 models and of a DINOv2, with their cost
 """
 
 import ml_collections
-from ml_collections import config_dict
+
+from wf_vit import settings
+from wf_vit.settings import LARGEST_COUNT, LARGEST_SEED, Setting
+
+
+def _images(default: int) -> Setting:
+    return Setting(default, "images, from the front; 0: all", low=0, high=LARGEST_COUNT)
+
+
+KEYS = {
+    "task": Setting("verify", "what is done", choices=("verify",)),
+    "weights": Setting(
+        "",
+        "what wf_vit.models.pretrained.load opens: a run folder of this package, .npz, "
+        ".safetensors, .pth, a folder with one of them, or hf://owner/name",
+    ),
+    # Cost and memory grow with the fourth power.
+    "image_size": Setting(
+        None,
+        "side in pixels, if not the checkpoint's own; for height and width assign it "
+        "within config.ignore_type()",
+        kind=tuple,
+        items=int,
+        length=2,
+        one_or_many=True,
+        low=1,
+        high=8192,
+    ),
+    # Sizes and normalisation are the checkpoint's. Top-1 is measured if the
+    # checkpoint's head has as many classes as the data set; photographs without
+    # classes, in one folder of data_dir, do for the rest.
+    "data": {
+        "name": Setting("cifar10", "digits, folder, or a TFDS name"),
+        "data_dir": Setting("", "where it lies; empty: TFDS's own folder"),
+    },
+    "split": Setting("test", "TFDS split specification, such as validation[:5000]"),
+    "protocols": Setting(
+        (),
+        "some of windows, removal, pixels, class_maps, faithfulness and tendency, with "
+        "commas between; none for all",
+        items=str,
+    ),
+    # For each image, windows and removal cost about 70 forward passes, pixels 500,
+    # class_maps 4 for each patch; faithfulness runs num_cuts for every layer; tendency
+    # only reads what is measured anyway.
+    "num_images": {
+        "windows": _images(0),
+        "removal": _images(0),
+        "pixels": _images(1000),
+        "class_maps": _images(500),
+        "faithfulness": _images(20),
+        "tendency": _images(100),
+    },
+    "kept": Setting(
+        (0.5, 0.25, 0.1),
+        "of windows: shares of the interactions between patches that are kept",
+        above=0,
+        high=1,
+    ),
+    "removed": Setting(
+        (0.25, 0.5, 0.75),
+        "of removal: shares of the patches that are gathered out",
+        above=0,
+        below=1,
+    ),
+    "layers": Setting(
+        (),
+        "of removal: layers before which that is done; none for the first of each "
+        "quarter",
+        items=int,
+        low=0,
+        high=1000,
+    ),
+    "timing_turns": Setting(
+        5,
+        "of removal: turns of the wall-clock at batch 1 and 64; 0: not measured",
+        low=0,
+        high=1000,
+    ),
+    "num_cuts": Setting(
+        80, "of faithfulness: real cuts for each layer and image", low=1, high=10**6
+    ),
+    "target": Setting(
+        "tokens",
+        "of the propagated impact: the output that is watched, all final tokens, cls, "
+        "or what the head reads (pooled)",
+        choices=("tokens", "cls", "pooled"),
+    ),
+    "num_probes": Setting(
+        8, "its random probes, two forward passes each", low=2, high=10**4
+    ),
+    # Memory is about 8 times wf_vit.models.recording.bytes_per_image for each.
+    "batch_size": Setting(100, "images at once", low=1, high=10**7),
+    "seed": Setting(
+        0, "of probes, random controls and resampling", low=0, high=LARGEST_SEED
+    ),
+    "bootstrap_samples": Setting(1000, "of the 95 % intervals", low=1, high=10**7),
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config; every key can be overridden."""
-    config = ml_collections.ConfigDict()
-    config.task = "verify"
-
-    # What wf_vit.models.pretrained.load opens: a run folder of this package, .npz,
-    # .safetensors, .pth, a folder with one of them, or hf://owner/name.
-    config.weights = ""
-    # Side in pixels; None: the checkpoint's own. Cost and memory grow with the fourth
-    # power. For (height, width) assign it within `config.ignore_type()`.
-    config.image_size = config_dict.placeholder(int)
-    # What to read, as in wf_vit.data.config: "digits", "folder" or a TFDS name. Sizes
-    # and normalisation are the checkpoint's. Top-1 is measured if the checkpoint's head
-    # has as many classes as the data set; photographs without classes, in one folder
-    # of data_dir, do for the rest.
-    config.data = ml_collections.ConfigDict({"name": "cifar10", "data_dir": ""})
-    config.split = "test"  # a TFDS split specification, such as "validation[:5000]"
-
-    # Of wf_vit.verify.PROTOCOLS: some of "windows", "removal", "pixels", "class_maps",
-    # "faithfulness" and "tendency"; () for all that there are.
-    config.protocols = ()
-    # The images of each, from the front of the split; 0: all. For each image, windows
-    # and removal cost about 70 forward passes, pixels 500, class_maps 4 for each patch;
-    # faithfulness runs num_cuts for every layer; tendency only reads what is measured
-    # anyway.
-    config.num_images = ml_collections.ConfigDict(
-        {
-            "windows": 0,
-            "removal": 0,
-            "pixels": 1000,
-            "class_maps": 500,
-            "faithfulness": 20,
-            "tendency": 100,
-        }
-    )
-    # Windows: the shares of the interactions between patches that are kept.
-    config.kept = (0.5, 0.25, 0.1)
-    # Removal: the shares of the patches that are gathered out, and before which layers;
-    # () for the first layer of each quarter.
-    config.removed = (0.25, 0.5, 0.75)
-    config.layers = ()
-    config.timing_turns = 5  # of the wall-clock at batch 1 and 64; 0: not measured
-    # Faithfulness: real cuts for each layer and image.
-    config.num_cuts = 80
-
-    # The propagated impact: the output that is watched, all final "tokens", "cls" or
-    # what the head reads ("pooled"), and its random probes, two forward passes each.
-    config.target = "tokens"
-    config.num_probes = 8
-    # Images at once; memory is about 8 times wf_vit.models.recording.bytes_per_image
-    # for each.
-    config.batch_size = 100
-    config.seed = 0  # of probes, random controls and resampling
-    config.bootstrap_samples = 1000  # of the 95 % intervals
-    return config.lock()
+    return settings.config_of(KEYS).lock()

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "wf_vit"
 
 # Lowest first; a module imports from its own layer and from those before it.
 LAYERS = [
-    ["errors", "arrays", "cache", "shapes", "grid", "stops", "workdir"],
+    [
+        "errors",
+        "settings",
+        "arrays",
+        "cache",
+        "shapes",
+        "grid",
+        "log",
+        "stops",
+        "workdir",
+    ],
     ["data", "models", "indicators"],
     ["measure", "tendency", "fields"],
     ["interventions"],

@@ -10,23 +10,21 @@ import ast
 import contextlib
 import dataclasses
 import errno
-import functools
 import importlib
 import importlib.util
-import logging
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import absl.logging
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from wf_vit import stops
+from wf_vit import log, settings, stops
 from wf_vit.errors import RunError, UsageError
 
 
@@ -39,11 +37,13 @@ class Task:
         config and the working directory.
       key: what the configs of this task have and those of other tasks may lack.
       summary: a line for the help.
+      keys: the config in our folder that declares the settings; None: training does.
     """
 
     module: str
     key: str
     summary: str
+    keys: str | None = None
 
 
 TASKS = {
@@ -56,13 +56,22 @@ TASKS = {
         "wf_vit.train.loop", "model", "evaluates the best checkpoint in --workdir"
     ),
     "explain": Task(
-        "wf_vit.explanation.task", "images", "explains images: figures, a page, a table"
+        "wf_vit.explanation.task",
+        "images",
+        "explains images: figures, a page, a table",
+        keys="explain",
     ),
-    "verify": Task("wf_vit.verify", "protocols", "checks the indicators on a data set"),
+    "verify": Task(
+        "wf_vit.verify",
+        "protocols",
+        "checks the indicators on a data set",
+        keys="verify",
+    ),
     "export": Task(
         "wf_vit.models.pretrained.export",
         "layout",
         "saves a checkpoint for timm, for transformers, or in our own layout",
+        keys="export",
     ),
     "prepare": Task(
         "wf_vit.data.prepare",
@@ -73,6 +82,7 @@ TASKS = {
 _DEFAULT = "digits"
 # Exit statuses; another one is ``stops.STATUS``.
 _FAILED, _USAGE = 1, 2
+_HELP = {"-h", "-help", "--help"}
 # The extra [train] installs these; the rest of the package works without them.
 _TRAIN_PACKAGES = (
     "clu",
@@ -113,10 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
       stop by a signal, each of which is printed.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "-help", "--help"} & set(arguments):
-        print(help_text())
-        return 0
     try:
+        if _HELP & set(arguments):
+            print(help_text())
+            rest = [argument for argument in arguments if argument not in _HELP]
+            if rest:
+                print(keys_text(rest))
+            return 0
         with stops.handled(), _full_disk_explained():
             run(arguments)
     except UsageError as error:
@@ -154,9 +167,9 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
       UsageError: the arguments, or what the task was given, cannot work.
     """
-    show_own_log()  # First: a config may import TensorFlow too.
+    log.show_own_log()  # First: a config may import TensorFlow too.
     config, workdir = parse(arguments)
-    check_task(config)
+    check(config)
     from wf_vit import cache
 
     cache.keep_compiled_programs()
@@ -204,6 +217,46 @@ def parse(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
     return loaded, Path(workdir.value or default)
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UsageError unless a config fits its task, with all values in range."""
+    check_task(config)
+    settings.check(keys_of(config.task), config)
+
+
+def keys_of(task: str) -> settings.Tree:
+    """Returns the declarations of all settings of a task."""
+    name = TASKS[task].keys
+    if name is None:
+        with _missing_packages_explained():
+            return importlib.import_module("wf_vit.train.keys").KEYS
+    # Ours, whatever lies beside the user's config.
+    file = config_folder() / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"wf_vit_keys_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.KEYS
+
+
+def keys_text(arguments: Sequence[str]) -> str:
+    """Returns the help for the keys of the config that the arguments name.
+
+    Raises:
+      UsageError: as ``parse``.
+    """
+    config, _ = parse(arguments)
+    check_task(config)
+    lines = [f"Keys of this config (task {config.task}), with their values:"]
+    for key, value, expected, meaning in settings.rows(keys_of(config.task), config):
+        lines.append(f"\n  --config.{key}={value!r}")
+        lines += textwrap.wrap(
+            f"{meaning}. Expected: {expected}.",
+            width=88,
+            initial_indent="      ",
+            subsequent_indent="      ",
+        )
+    return "\n".join(lines)
+
+
 def check_task(config: ml_collections.ConfigDict) -> None:
     """Raises UsageError unless the config is made for its ``config.task``."""
     if config.task not in TASKS:
@@ -218,45 +271,6 @@ def check_task(config: ml_collections.ConfigDict) -> None:
             "configs/export.py, or such as configs/digits.py to train, evaluate and "
             "prepare."
         )
-
-
-def show_own_log() -> None:
-    """Shows what this program logs, and of its libraries only the errors.
-
-    What TensorFlow logs is up to two variables, which it reads when it is imported:
-    values that the user has set stay.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
-    # It announces oneDNN whatever the level. Here it decodes and crops images only,
-    # which oneDNN has no part in.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Else absl warns of what is logged before.
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    absl.logging.use_absl_handler()
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    absl.logging.get_absl_handler().setFormatter(formatter)
-    logging.getLogger("wf_vit").setLevel(logging.INFO)
-    _hide_abandoned_operations()
-
-
-def _hide_abandoned_operations() -> None:
-    """Hides what Orbax prints after a failure has been raised.
-
-    One array that cannot be read or written ends the operation, and what was still on
-    its way to the others then finds no event loop: a traceback for each of them.
-    """
-    show = sys.unraisablehook
-    if getattr(show, "__name__", "") == _show_unless_abandoned.__name__:
-        return
-    sys.unraisablehook = functools.wraps(_show_unless_abandoned)(
-        functools.partial(_show_unless_abandoned, show)
-    )
-
-
-def _show_unless_abandoned(show: Callable[[Any], None], unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        show(unraisable)
 
 
 def help_text() -> str:
@@ -279,12 +293,8 @@ The top of each file says what it needs, and which ARGUMENT it takes.
 Tasks: --config.task=TASK (default: the config's own).
 {_table(tasks)}
 
-Keys: --config.KEY=VALUE changes one, such as --config.batch_size=256. They are
-documented where they are set:
-  to train     wf_vit/train/config.py, --config.data.KEY in wf_vit/data/config.py
-  to explain   configs/explain.py
-  to verify    configs/verify.py
-  to export    configs/export.py
+Keys: --config.KEY=VALUE changes one, such as --config.batch_size=256.
+  --config=NAME --help lists all of a config with their values, ranges and meanings.
 
 --workdir: the folder of the results (default: runs/NAME, or runs/NAME_ARGUMENT).
 """

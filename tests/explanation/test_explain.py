@@ -193,7 +193,6 @@ def test_results_of_other_settings_are_not_mixed(photographs, tmp_path, windowfr
         ({"fit": "pad"}, "choose one of whole"),
         ({"mass": 1.5}, r"mass is 1\.5"),
         ({"patch": 24}, "expected 0 to 23"),
-        ({"batch_size": 0}, "at least 1"),
     ],
 )
 def test_settings_that_cannot_work(photographs, tmp_path, changes, message):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -73,3 +74,35 @@ def test_the_statistics_are_over_all_images_and_patches(run):
     np.testing.assert_allclose(
         statistics["attention_distance"]["std"], distance.std(0), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("=1+cmd.png", "'=1+cmd.png"),
+        ("+1.png", "'+1.png"),
+        ("-1.png", "'-1.png"),
+        ("@SUM(A1).png", "'@SUM(A1).png"),
+        ("\t=1.png", "'\t=1.png"),
+        ("\r=1.png", "'\r=1.png"),
+        ("\n1.png", "'\n1.png"),
+        (" =1.png", "' =1.png"),
+        ('"=1,2".png', '\'"=1,2".png'),
+        ("'=1.png", "''=1.png"),
+        ("\u200b=1.png", "'\u200b=1.png"),
+        ("\uff1d1.png", "'\uff1d1.png"),
+        ("a=1.png", "a=1.png"),
+        ('a,"b".png', 'a,"b".png'),
+        ("1-2.png", "1-2.png"),
+    ],
+)
+def test_a_name_that_a_spreadsheet_would_run_is_a_text(run, tmp_path, name, cell):
+    shutil.copytree(run / "images" / NAMES[0], tmp_path / "images" / name)
+    summary._write_table(tmp_path, [name])
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert {row[0] for row in rows[1:]} == {cell}
+    # Numbers stay numbers, those below 0 too.
+    assert any(number.startswith("-") for row in rows[1:] for number in row[1:])
+    for row in rows[1:]:
+        assert all(float(number) is not None for number in row[3:] if number)

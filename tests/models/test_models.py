@@ -189,7 +189,7 @@ def test_sincos_positions_tell_rows_from_columns():
     [
         ({"image_size": (12, 18)}, "multiple, such as 16 or 20"),
         ({"num_heads": 5}, "5 heads do not divide"),
-        ({"pool": "max"}, "choose one of cls, mean, map"),
+        ({"pool": "max"}, "one of 'cls', 'mean', 'map'"),
         ({"cls_token": False}, "set cls_token=True"),
     ],
 )

@@ -126,10 +126,10 @@ def test_an_extent_of_zero_covers_the_grid_and_still_has_a_gradient(softness):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extents": ()}, "one number for each head"),
-        ({"extents": (-1.0,)}, "0 covers the grid"),
-        ({"growth": -0.5}, "expected 0"),
-        ({"softness": 0.0}, "a softness above 0"),
+        ({"extents": ()}, "expected one or more numbers from 0"),
+        ({"extents": (-1.0,)}, "expected one or more numbers from 0"),
+        ({"growth": -0.5}, "expected a number from 0"),
+        ({"softness": 0.0}, "above 0"),
         ({"threshold": 1.0}, "below 1"),
     ],
 )

@@ -253,9 +253,9 @@ def test_a_config_becomes_guidance(digits_config):
     [
         ("windowfree", {"weight": 0.0, "teacher": "somewhere"}, "its weight is 0"),
         ("vit", {"match": "fields"}, "a ViT has no fields to guide: set"),
-        ("windowfree", {"match": "values"}, "choose one of fields, attention"),
+        ("windowfree", {"match": "values"}, "one of 'fields', 'attention'"),
         ("windowfree", {"indicator": "mean"}, "attention has no area"),
-        ("windowfree", {"indicator": "max_"}, "choose one of mean"),
+        ("windowfree", {"indicator": "max_"}, "one of 'mean'"),
         ("windowfree", {"teacher": "nowhere.npz"}, "nowhere"),
     ],
 )

@@ -112,12 +112,12 @@ def test_adam_sees_the_gradient_of_wide_fields():
 
 @pytest.mark.parametrize("decay", [0.0, 1.1])
 def test_impossible_layer_decay_is_named(decay):
-    with pytest.raises(UsageError, match="at most 1"):
+    with pytest.raises(UsageError, match="above 0 and up to 1"):
         OptimizerConfig(layer_decay=decay)
 
 
 def test_negative_rate_of_the_fields_is_named():
-    with pytest.raises(UsageError, match="keeps the fields as they start"):
+    with pytest.raises(UsageError, match="0 keeps them as they start"):
         OptimizerConfig(fields_rate=-1.0)
 
 

@@ -221,7 +221,6 @@ def test_stored_batches_come_back_in_their_order(tmp_path):
         ({"protocols": ("window",)}, "name some of windows"),
         ({"protocols": ("",)}, "name some of windows"),
         ({"layers": (0, 2)}, "0 to 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
         ({"image_size": 18}, "18"),
         ({"split": "validation"}, "validation"),
     ],

@@ -86,20 +86,10 @@ def augment_batch(
 
 def _check(augmentation: Augmentation, batch_size: int) -> None:
     mixing = augmentation.mixup_probability + augmentation.cutmix_probability
-    probabilities = {
-        "flip_probability": augmentation.flip_probability,
-        "erase_probability": augmentation.erase_probability,
-        "mixup_probability": augmentation.mixup_probability,
-        "cutmix_probability": augmentation.cutmix_probability,
-        "mixup_probability + cutmix_probability": mixing,
-    }
-    for name, value in probabilities.items():
-        if not 0 <= value <= 1:
-            raise UsageError(f"augment.{name} is {value}, expected 0 to 1.")
-    if not 0 <= augmentation.randaugment_magnitude <= 10:
+    if mixing > 1:
         raise UsageError(
-            f"augment.randaugment_magnitude is {augmentation.randaugment_magnitude}, "
-            "expected 0 to 10."
+            f"augment.mixup_probability + cutmix_probability is {mixing}, expected at "
+            "most 1: an image is mixed up, cut and mixed, or neither."
         )
     if mixing and batch_size % 2:
         raise UsageError(

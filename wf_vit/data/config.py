@@ -2,71 +2,125 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from wf_vit import settings
+from wf_vit.errors import UsageError
+from wf_vit.settings import LARGEST_COUNT, setting
+
 Size = tuple[int, int]
 Triple = tuple[float, float, float]
+
+
+def _probability(meaning: str) -> Any:
+    return setting(0.0, f"probability, for each image, {meaning}", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
     """From a stored image to ``height x width`` pixels, on the host.
 
-    Attributes:
-      image_size: ``(height, width)`` in pixels; in a config also one number for a
-        square. For a pair assign it within ``config.ignore_type()``.
-      crop: of training: "resized" (a random window of the image, resized), "pad" (the
-        image, padded, then cropped at random) or "none" (the largest central window).
-      min_area: of "resized": the smallest window, as a share of the image.
-      pad: of "pad": pixels on each side.
-      pad_mode: of "pad": "reflect" or "constant" (black).
-      eval_resize: of evaluation: the share of the largest central window, along each
-        side, that is resized to the image size. 0.875 is a resize to 256 and a
-        central crop of 224.
-      resize_method: "bilinear", "bicubic", ...: ``tf.image.ResizeMethod``.
+    Raises:
+      UsageError: a value is out of its range.
     """
 
-    image_size: Size = (32, 32)
-    crop: str = "none"
-    min_area: float = 0.08
-    pad: int = 4
-    pad_mode: str = "reflect"
-    eval_resize: float = 1.0
-    resize_method: str = "bilinear"
+    image_size: Size = setting(
+        (32, 32),
+        "pixels: of the side of a square, or height and width; for a pair assign it "
+        "within config.ignore_type()",
+        items=int,
+        length=2,
+        one_or_many=True,
+        low=1,
+        high=8192,
+    )
+    crop: str = setting(
+        "none",
+        "of training: resized (a random window of the image, resized), pad (the image, "
+        "padded, then cropped at random), none (the largest central window)",
+        choices=("resized", "pad", "none"),
+    )
+    min_area: float = setting(
+        0.08,
+        "of crop=resized: the smallest window, as a share of the image",
+        above=0,
+        high=1,
+    )
+    pad: int = setting(4, "of crop=pad: pixels on each side", low=0, high=8192)
+    pad_mode: str = setting(
+        "reflect",
+        "of crop=pad: what is on the sides; constant is black",
+        choices=("reflect", "constant"),
+    )
+    eval_resize: float = setting(
+        1.0,
+        "of evaluation: share of the largest central window, along each side, that is "
+        "resized to the image size; 0.875 is a resize to 256 and a crop of 224",
+        low=0.05,
+        high=1,
+    )
+    resize_method: str = setting(
+        "bilinear",
+        "as tf.image.ResizeMethod names it",
+        choices=(
+            *("bilinear", "bicubic", "nearest", "area", "gaussian", "lanczos3"),
+            *("lanczos5", "mitchellcubic"),
+        ),
+    )
+
+    def __post_init__(self):
+        settings.check_fields(self, "config.data")
+        padded = self.crop == "pad" and self.pad_mode == "reflect"
+        if padded and self.pad >= min(self.image_size):
+            raise UsageError(
+                f"config.data.pad is {self.pad}, but of an image of "
+                f"{self.image_size[0]} x {self.image_size[1]} pixels at most "
+                f"{min(self.image_size) - 1} can be reflected: choose fewer, or "
+                "config.data.pad_mode='constant'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """What happens to training images on the device, inside the jitted step.
 
-    In the order of the attributes. Every probability is per image.
+    In the order of the fields. An image is mixed up, cut and mixed, or neither.
 
-    Attributes:
-      flip_probability: of a left-right flip.
-      randaugment_layers: operations of RandAugment per image; 2 is usual.
-      randaugment_magnitude: 0 (none) to 10 (strongest).
-      mixup_probability: of being mixed up. An image is mixed up, cut and mixed, or
-        neither.
-      mixup_alpha: the share of an image draws from Beta(alpha, alpha).
-      cutmix_probability: of being cut and mixed.
-      cutmix_alpha: the share that is cut draws from Beta(alpha, alpha).
-      erase_probability: of random erasing.
-      mean: of each channel, for the normalisation ``(pixel / 255 - mean) / std``, in
-        training and evaluation.
-      std: of each channel.
+    Raises:
+      UsageError: a value is out of its range.
     """
 
-    flip_probability: float = 0.0
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 10.0
-    mixup_probability: float = 0.0
-    mixup_alpha: float = 0.8
-    cutmix_probability: float = 0.0
-    cutmix_alpha: float = 1.0
-    erase_probability: float = 0.0
-    mean: Triple = (0.5, 0.5, 0.5)
-    std: Triple = (0.5, 0.5, 0.5)
+    flip_probability: float = _probability("of a left-right flip")
+    randaugment_layers: int = setting(
+        0, "operations of RandAugment for each image; 2 is usual", low=0, high=16
+    )
+    randaugment_magnitude: float = setting(
+        10.0, "of its operations; 0: none, 10: strongest", low=0, high=10
+    )
+    mixup_probability: float = _probability("of being mixed up")
+    mixup_alpha: float = setting(
+        0.8, "a of Beta(a, a), which the share of an image is from", above=0, high=1000
+    )
+    cutmix_probability: float = _probability("of being cut and mixed")
+    cutmix_alpha: float = setting(
+        1.0, "a of Beta(a, a), which the share that is cut is from", above=0, high=1000
+    )
+    erase_probability: float = _probability("of random erasing")
+    mean: Triple = setting(
+        (0.5, 0.5, 0.5),
+        "of each channel, for (pixel / 255 - mean) / std in training and evaluation",
+        length=3,
+        low=-1e6,
+        high=1e6,
+    )
+    std: Triple = setting(
+        (0.5, 0.5, 0.5), "of each channel, likewise", length=3, low=1e-6, high=1e6
+    )
+
+    def __post_init__(self):
+        settings.check_fields(self, "config.data.augment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,29 +148,39 @@ class DataConfig:
     """What to read and how: ``config.data``, which also has the keys of ``View``.
 
     Attributes:
-      name: "digits" (embedded, nothing to download), "folder"
-        (data_dir/class/*.jpg or data_dir/split/class/*.jpg, folders in a class
-        included) or any TFDS name, with a version or a configuration if needed
-        ("imagenet2012:5.1.0").
-      data_dir: where it lies; "" is the folder TFDS uses by default. gs:// paths work
-        too.
-      train: TFDS split specification: "train", "train[:99%]", "train+validation", ...
-      eval: likewise, of each label: {"minival": "train[99%:]", ...}.
-      shuffle_buffer: undecoded records held per process to shuffle from, on top of the
-        files'.
       view: from a stored image to pixels.
       augment: on the device.
+
+    Raises:
+      UsageError: a value is out of its range.
     """
 
-    name: str = "digits"
-    data_dir: str = ""
-    train: str = "train"
-    eval: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"test": "test"}
+    name: str = setting(
+        "digits",
+        "digits (embedded, nothing to download), folder (data_dir/class/*.jpg or "
+        "data_dir/split/class/*.jpg, folders in a class included), or any TFDS name, "
+        "with a version or a configuration if needed (imagenet2012:5.1.0)",
     )
-    shuffle_buffer: int = 50_000
+    data_dir: str = setting(
+        "", "where it lies, gs:// too; empty: the folder TFDS uses by default"
+    )
+    train: str = setting(
+        "train", "TFDS split specification: train, train[:99%] or train+validation"
+    )
+    eval: Mapping[str, str] = setting(
+        {"test": "test"}, 'likewise, of each label: {"minival": "train[99%:]", ...}'
+    )
+    shuffle_buffer: int = setting(
+        50_000,
+        "undecoded records held by each process to shuffle from, on top of the files'",
+        low=1,
+        high=LARGEST_COUNT,
+    )
     view: View = View()
     augment: Augmentation = Augmentation()
+
+    def __post_init__(self):
+        settings.check_fields(self, "config.data")
 
     @classmethod
     def of(cls, config: ConfigDict) -> "DataConfig":
@@ -131,6 +195,13 @@ class DataConfig:
 
 
 _VIEW = dataclasses.fields(View)
+
+# The declarations of ``config.data``.
+KEYS = {
+    **settings.of(DataConfig),
+    **settings.of(View),
+    "augment": settings.of(Augmentation),
+}
 
 
 def default_config() -> ConfigDict:

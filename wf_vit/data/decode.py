@@ -12,12 +12,9 @@ import tensorflow as tf
 
 from wf_vit.data import pixels
 from wf_vit.data.config import Size, View
-from wf_vit.errors import UsageError
 
 # From (height, width) to (top, left, height, width), int32.
 _Window = Callable[[tf.Tensor], tf.Tensor]
-
-_CROPS = ("resized", "pad", "none")
 
 
 def train_view(view: View) -> Callable:
@@ -29,15 +26,8 @@ def train_view(view: View) -> Callable:
     Returns:
       ``(data, seed) -> image``: encoded bytes and an int64 ``[2]`` seed in, uint8
       ``[height, width, 3]`` out.
-
-    Raises:
-      UsageError: ``view.crop`` is unknown.
     """
     size = view.image_size
-    if view.crop not in _CROPS:
-        raise UsageError(
-            f"config.data.crop is {view.crop!r}, expected one of {_CROPS}."
-        )
 
     def resized(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         def window(shape: tf.Tensor) -> tf.Tensor:

@@ -101,7 +101,18 @@ def _write_table(workdir: Path, names: Sequence[str]) -> None:
         table.writerow(COLUMNS)
         for name in names:
             with opened_arrays(workdir / IMAGES / name / DATA) as arrays:
-                table.writerows([name, *row] for row in _rows(arrays))
+                shown = _harmless(name)
+                table.writerows([shown, *row] for row in _rows(arrays))
+
+
+def _harmless(text: str) -> str:
+    """Returns a text for a cell, with an apostrophe where a spreadsheet would run it.
+
+    As OWASP recommends (CSV injection). What it may skip is looked behind: spaces,
+    quotes, and characters that are not seen.
+    """
+    begins = text.lstrip("\"' \u00a0\u3000\u200b\ufeff\v\f")
+    return f"'{text}" if begins.startswith(tuple("=+-@\t\r\n＝＋－＠")) else text  # noqa: RUF001
 
 
 def _rows(arrays: np.lib.npyio.NpzFile) -> Iterator[list[Any]]:

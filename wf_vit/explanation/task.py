@@ -105,10 +105,6 @@ def _settings(config: ml_collections.ConfigDict) -> Settings:
             f"{config.images!r}: pass a checkpoint and a photograph or a folder, as "
             "--config.weights=CHECKPOINT --config.images=photo.jpg."
         )
-    if config.batch_size < 1:
-        raise UsageError(
-            f"config.batch_size is {config.batch_size}, expected at least 1."
-        )
     return settings
 
 

@@ -2,18 +2,69 @@
 
 from typing import Any
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.models.block import MLPS, NORMS
 from wf_vit.models.positions import POSITIONS
+from wf_vit.settings import Setting
 
-# What the values of an attribute may be.
-CHOICES = {
-    "pool": ("cls", "mean", "map", "cls_mean"),
-    "pool_tokens": ("all", "patches"),
-    "positions": POSITIONS,
-    "mlp": MLPS,
-    "norm_kind": NORMS,
-    "normed_embedding": ("none", "patches", "tokens"),
+# More patches, 256 x 256, no attention holds.
+MOST_PATCHES = 2**16
+MOST_PIXELS = 8192
+
+# What the attributes of a ``ViT`` may be.
+ATTRIBUTES = {
+    "num_classes": Setting(0, "classes", low=0, high=10**6),
+    "image_size": Setting(
+        (224, 224), "pixels", items=int, length=2, low=1, high=MOST_PIXELS
+    ),
+    "patch_size": Setting(
+        (16, 16), "pixels", items=int, length=2, low=1, high=MOST_PIXELS
+    ),
+    "width": Setting(384, "channels of a token", low=1, high=2**16),
+    "depth": Setting(12, "blocks", low=1, high=1000),
+    "mlp_dim": Setting(
+        1536, "channels of the hidden layer of an MLP", low=1, high=2**20
+    ),
+    "num_heads": Setting(6, "heads of a block", low=1, high=2**16),
+    "pool": Setting(
+        "cls", "what the head reads", choices=("cls", "mean", "map", "cls_mean")
+    ),
+    "pool_tokens": Setting(
+        "all", "what attention pooling looks at", choices=("all", "patches")
+    ),
+    "pool_heads": Setting(
+        None, "heads of attention pooling", kind=int, low=1, high=2**16
+    ),
+    "pool_mlp_dim": Setting(
+        None, "channels of the MLP of the pooling", kind=int, low=0, high=2**20
+    ),
+    "cls_token": Setting(True, "whether there is a CLS token"),
+    "distillation_token": Setting(False, "whether there is DeiT's token"),
+    "num_registers": Setting(0, "register tokens", low=0, high=10**4),
+    "positions": Setting("learned", "added to the patches", choices=POSITIONS),
+    "relative_positions": Setting(False, "a learned bias of displacements"),
+    "normed_embedding": Setting(
+        "none",
+        "what is normalised before the first block",
+        choices=("none", "patches", "tokens"),
+    ),
+    "mlp": Setting("gelu_tanh", "activation of the MLPs", choices=MLPS),
+    "mlp_inner_norm": Setting(False, "a norm of the hidden layer of each MLP"),
+    "layer_scale": Setting(
+        None, "LayerScale at first", kind=float, low=-1000, high=1000
+    ),
+    "drop_path": Setting(0.0, "rate of stochastic depth", low=0, below=1),
+    "qkv_bias": Setting(True, "a bias of queries, keys and values"),
+    "norm_kind": Setting("layer", "kind of the norms", choices=NORMS),
+    "norm_epsilon": Setting(1e-6, "epsilon of the norms", above=0, high=1),
+    "final_norm": Setting(True, "a norm after the last block"),
+    "pool_before_norm": Setting(False, "whether the final norm follows the pooling"),
+    "representation_size": Setting(
+        None, "channels between pooling and head", kind=int, low=1, high=2**20
+    ),
+    "representation_tanh": Setting(True, "a tanh between pooling and head"),
+    "remat": Setting(False, "whether activations are computed again"),
 }
 
 
@@ -21,9 +72,13 @@ def check(model: Any) -> None:
     """Checks a ``ViT``.
 
     Raises:
-      UsageError: its attributes contradict one another; the message says which.
+      UsageError: an attribute is out of its range, or they contradict one another;
+        the message says which.
     """
+    attributes = {name: getattr(model, name) for name in ATTRIBUTES}
+    settings.check(ATTRIBUTES, attributes, "model")
     sides = zip(("height", "width"), model.image_size, model.patch_size, strict=True)
+    count = 1
     for side, size, patch in sides:
         if size % patch or size < patch:
             below = max(size // patch, 1) * patch
@@ -32,10 +87,13 @@ def check(model: Any) -> None:
                 f"{size}: set the image size to a multiple, such as {below} or "
                 f"{below + patch}, or change the patch size."
             )
-    for name, known in CHOICES.items():
-        given = getattr(model, name)
-        if given not in known:
-            raise UsageError(f"{name} is {given!r}: choose one of {', '.join(known)}.")
+        count *= size // patch
+    if count > MOST_PATCHES:
+        raise UsageError(
+            f"Images of {model.image_size[0]} x {model.image_size[1]} pixels have "
+            f"{count:,} patches, expected at most {MOST_PATCHES:,}: take smaller "
+            "images, or larger patches."
+        )
     _check_widths(model)
     if model.pool in ("cls", "cls_mean") and not model.cls_token:
         raise UsageError(

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
+from wf_vit import settings
+from wf_vit.settings import Setting
 
 # How a model may add positions to its patches.
 POSITIONS = ("learned", "sincos", "sincos_mae", "none")
@@ -48,11 +50,22 @@ class Rotary:
         one radian on any grid.
       offset: of the first row and column, in patches; None places the centre of the
         grid at 0. Only what patches and prefix tokens do to each other depends on it.
+
+    Raises:
+      UsageError: a number is out of range.
     """
 
     temperature: float
     span: tuple[float, float] | None = None
     offset: float | None = 0.0
+
+    def __post_init__(self):
+        declared = {
+            "temperature": Setting(100.0, "of the frequencies", above=0, high=1e12),
+            "span": Setting(None, "radians", kind=tuple, length=2, above=0, high=1e6),
+            "offset": Setting(None, "patches", kind=float, low=-1e6, high=1e6),
+        }
+        settings.check(declared, dataclasses.asdict(self), "rotary")
 
     def waves(
         self, grid: geometry.Grid, head_width: int

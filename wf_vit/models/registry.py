@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import ml_collections
 from flax import traverse_util
 from jaxtyping import Array, Int
-from ml_collections import config_dict
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.models import controls
 from wf_vit.models.attention import FIELD
+from wf_vit.models.checks import ATTRIBUTES
 from wf_vit.models.positions import Rotary
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
+from wf_vit.settings import setting
 from wf_vit.shapes import Params
 
 _LOG = logging.getLogger(__name__)
@@ -49,44 +51,42 @@ VARIANTS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+def _as_in_vit(name: str, default: Any) -> Any:
+    """Returns a field that is declared as the attribute of a ViT, with a default."""
+    return ATTRIBUTES[name].as_field(default)
+
+
+def _of_variant(name: str) -> Any:
+    """Returns a field that replaces what the variant says."""
+    return ATTRIBUTES[name].as_field(None, ", if not the variant's")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which model, ``config.model``.
 
-    What the attributes do is documented in ``ViT`` and in ``FieldConfig``.
+    What the attributes do is documented in ``ViT``.
 
     Attributes:
-      name: of ``MODELS``.
-      variant: size and patch, such as "S/16"; see ``VARIANTS``.
-      width: D; None is the variant's, here and in the three below.
-      depth: L.
-      mlp_dim: width of the hidden layer of each MLP.
-      num_heads: H.
-      pool: what the head reads.
-      cls_token: whether there is a CLS token.
-      num_registers: number of register tokens.
-      positions: "learned" or "sincos".
-      layer_scale: initial LayerScale, or None.
-      drop_path: rate of stochastic depth.
-      dtype: of the computation, of ``DTYPES``.
-      remat: whether the backward pass recomputes each block's activations.
       fields: how the fields start, for the models that have them.
     """
 
-    name: str = "vit"
-    variant: str = "S/16"
-    width: int | None = None
-    depth: int | None = None
-    mlp_dim: int | None = None
-    num_heads: int | None = None
-    pool: str = "mean"
-    cls_token: bool = False
-    num_registers: int = 0
-    positions: str = "sincos"
-    layer_scale: float | None = None
-    drop_path: float = 0.0
-    dtype: str = "bfloat16"
-    remat: bool = False
+    name: str = setting("vit", "kind of the model", choices=tuple(MODELS))
+    variant: str = setting(
+        "S/16", f"size and side of a patch; sizes are {', '.join(VARIANTS)}"
+    )
+    width: int | None = _of_variant("width")
+    depth: int | None = _of_variant("depth")
+    mlp_dim: int | None = _of_variant("mlp_dim")
+    num_heads: int | None = _of_variant("num_heads")
+    pool: str = _as_in_vit("pool", "mean")
+    cls_token: bool = _as_in_vit("cls_token", False)
+    num_registers: int = _as_in_vit("num_registers", 0)
+    positions: str = _as_in_vit("positions", "sincos")
+    layer_scale: float | None = _as_in_vit("layer_scale", None)
+    drop_path: float = _as_in_vit("drop_path", 0.0)
+    dtype: str = setting("bfloat16", "of the computation", choices=tuple(DTYPES))
+    remat: bool = _as_in_vit("remat", False)
     fields: FieldConfig = dataclasses.field(default_factory=FieldConfig)
 
     @classmethod
@@ -95,13 +95,14 @@ class ModelConfig:
         return cls(**config.to_dict() | {"fields": _fields(config.fields.to_dict())})
 
 
+# The declarations of ``config.model``.
+KEYS = {**settings.of(ModelConfig), "fields": settings.of(FieldConfig)}
+
+
 def default_config(name: str, variant: str) -> ml_collections.ConfigDict:
     """Returns ``config.model``, every key of which can be overridden."""
-    defaults = dataclasses.asdict(ModelConfig(name=name, variant=variant))
-    config = ml_collections.ConfigDict(defaults)
-    for key in ("width", "depth", "mlp_dim", "num_heads"):
-        config[key] = config_dict.placeholder(int)
-    config.layer_scale = config_dict.placeholder(float)
+    config = settings.config_of(KEYS)
+    config.update(name=name, variant=variant)
     return config
 
 

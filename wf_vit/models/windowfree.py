@@ -26,9 +26,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
-from wf_vit.errors import UsageError
+from wf_vit import settings
 from wf_vit.models.attention import DROPPED
 from wf_vit.models.vit import ViT
+from wf_vit.settings import ANY, setting
 
 
 @struct.dataclass
@@ -137,43 +138,40 @@ def inverse_softplus(x: np.ndarray) -> np.ndarray:
 class FieldConfig:
     """How the fields of a model start and how sharp they are.
 
-    Attributes:
-      extents: initial extent of the heads of the first layer, in patches; cycled over
-        the heads. 0 is just wide enough to cover the grid from everywhere: the layers
-        start as those of a ViT, and the border is still near enough for a gradient.
-      growth: by how many patches the fields of each layer extend farther at first than
-        those of the layer before, until they cover the grid.
-      softness: width of a field's border, in patches.
-      threshold: hard mode: keys with a membership below it are dropped; 0 is soft.
-        It has no parameters, so a model trained softly can be evaluated, or its run
-        finished, with any threshold.
-
     Raises:
-      UsageError: a value is out of range.
+      UsageError: a value is out of its range.
     """
 
-    extents: tuple[float, ...] = (1.0,)
-    growth: float = 1.0
-    softness: float = 0.5
-    threshold: float = 0.0
+    # 0 is near enough to the border of the grid for a gradient.
+    extents: tuple[float, ...] = setting(
+        (1.0,),
+        "patches that the fields of the first layer extend to each side at first, for "
+        "each head, or fewer to cycle over the heads; 0 just covers the grid, so that "
+        "the model starts as a ViT",
+        length=ANY,
+        low=0,
+        high=10_000,
+    )
+    growth: float = setting(
+        1.0,
+        "patches that the fields of each layer extend farther at first than those of "
+        "the layer before, until they cover the grid",
+        low=0,
+        high=10_000,
+    )
+    softness: float = setting(
+        0.5, "width of a field's border, in patches", above=0, high=10_000
+    )
+    # It has no parameters, so it may be changed after training, or in the course of it.
+    threshold: float = setting(
+        0.0,
+        "membership below which keys are dropped (hard mode); 0 drops none",
+        low=0,
+        below=1,
+    )
 
     def __post_init__(self):
-        if not self.extents or min(self.extents) < 0:
-            raise UsageError(
-                f"fields.extents is {self.extents}: expected one number for each head, "
-                "or fewer to cycle over them, in patches; 0 covers the grid."
-            )
-        if self.growth < 0:
-            raise UsageError(
-                f"fields.growth is {self.growth}: expected 0 (all layers alike) or "
-                "more patches per layer."
-            )
-        if self.softness <= 0 or not 0 <= self.threshold < 1:
-            raise UsageError(
-                f"fields.softness is {self.softness} and fields.threshold "
-                f"{self.threshold}: expected a softness above 0, and a threshold from "
-                "0 (none) to below 1."
-            )
+        settings.check_fields(self, "config.model.fields")
 
     def extents_of(
         self, num_heads: int, grid: geometry.Grid, layer: int

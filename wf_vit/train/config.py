@@ -8,14 +8,17 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
+from wf_vit import settings
 from wf_vit.data import config as data_config
 from wf_vit.data.config import DataConfig, DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained, registry
 from wf_vit.models.registry import ModelConfig
 from wf_vit.models.vit import ViT
+from wf_vit.settings import LARGEST_COUNT
 from wf_vit.shapes import Params
 from wf_vit.train.guidance import Guidance
+from wf_vit.train.keys import KEYS
 from wf_vit.train.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -36,86 +39,16 @@ _INTERVALS = ("log", "eval", "checkpoint")
 def default_config(model: str, variant: str) -> ml_collections.ConfigDict:
     """Returns a whole experiment's config; every key can be overridden.
 
+    ``wf_vit.train.keys`` says what they mean, and ``--help`` with a config.
+
     A duration ``name`` has three keys, ``name_steps``, ``name_epochs`` and
     ``name_percent`` (of the whole run). The finest that is set counts, so that an
     override of ``warmup_steps`` wins over a config's ``warmup_epochs``. They are
     resolved when the run starts (``durations``).
     """
-    config = ml_collections.ConfigDict()
-    config.task = "train"  # or "evaluate"
-    config.seed = 0
+    config = settings.config_of(KEYS)
     config.data = data_config.default_config()
     config.model = registry.default_config(model, variant)
-
-    # A checkpoint to start from: whatever wf_vit.models.pretrained.load opens. The
-    # architecture is then the checkpoint's; of config.model, the name, the fields,
-    # drop_path, dtype and remat count.
-    config.init_from = ""
-    # "evaluate" only: which checkpoint of the workdir, "best" or "last".
-    config.evaluate_checkpoint = "best"
-
-    config.batch_size = 1024  # over all devices of all processes
-    config.eval_batch_size = 1024
-    set_duration(config, "total", epochs=90)
-
-    config.optimizer = ml_collections.ConfigDict(dataclasses.asdict(OptimizerConfig()))
-    set_duration(config, "warmup", percent=5)
-    # Micro-batches per step, to fit a batch into memory. Same gradient, less memory.
-    config.accumulate_steps = 1
-    config.label_smoothing = 0.0
-    # Exponential moving average of the parameters, which is then what is evaluated
-    # and exported; 0: none.
-    config.ema_decay = 0.0
-
-    # An indicator teaches the model where to look (wf_vit.train.guidance), for a
-    # while: the weight falls linearly to 0 over the duration. 0: no guidance. To match
-    # fields takes more than to match attention, some 100 (results/finetune): a mean
-    # over layers, heads and patches moves a single field less than the task does.
-    config.guidance = ml_collections.ConfigDict()
-    config.guidance.weight = 0.0
-    set_duration(config, "guidance", percent=100)
-    # What of the model is to match the indicator: its 'attention', or its 'fields',
-    # which should cover it with little area.
-    config.guidance.match = "attention"
-    # Each head learns from the teacher's of the same index, so there must be as many;
-    # False: the mean over heads learns from the indicator fused over them.
-    config.guidance.per_head = True
-    # To match fields: an interaction is worth covering if it has more than this times
-    # the even share of its row; so it should be 1 or more.
-    config.guidance.area_weight = 1.0
-    # Whatever wf_vit.models.pretrained.load opens. '': the indicator needs none, or,
-    # to match fields, the area term acts alone.
-    config.guidance.teacher = ""
-    # One of wf_vit.measure.INDICATORS; without a teacher, as controls, 'distance' or
-    # 'random'.
-    config.guidance.indicator = "mean"
-    config.guidance.num_probes = 4  # of the propagated indicator
-    # Side in pixels at which the teacher sees the images; unset: its own.
-    config.guidance.image_size = config_dict.placeholder(int)
-    config.guidance.dtype = "bfloat16"  # of the teacher
-
-    # Updates that are not finite are skipped, up to so many in a run; then it stops.
-    config.max_skipped_updates = 10
-    # Where a run resumes with another model or order of the data, which would spoil it:
-    # "stop" with an error, or "continue".
-    config.on_change = "stop"
-
-    set_duration(config, "log", steps=50)
-    set_duration(config, "eval", epochs=5)
-    set_duration(config, "checkpoint", steps=1000)
-    config.profile = False  # trace steps for TensorBoard's profiler
-    # At each evaluation, pictures of what the model does to a few images of the first
-    # evaluation split, for TensorBoard: a second or two.
-    config.pictures = True
-
-    # Multi-host set-up; it is detected on TPU pods and under Slurm or Open MPI.
-    config.distributed = ml_collections.ConfigDict()
-    config.distributed.coordinator_address = config_dict.placeholder(str)
-    config.distributed.num_processes = config_dict.placeholder(int)
-    config.distributed.process_id = config_dict.placeholder(int)
-    # Seconds after which a process that gives no sign of life counts as gone, and the
-    # others end too.
-    config.distributed.peer_timeout_seconds = 60.0
     return config
 
 
@@ -226,6 +159,7 @@ def resolve(
     Raises:
       UsageError: what is wrong, and what to do.
     """
+    settings.check(KEYS, config)
     steps = durations(config, info.num_examples["train"], done)
     model, params = _model_and_params(
         ModelConfig.of(config.model),
@@ -317,8 +251,8 @@ def durations(
       done: where the run resumes.
 
     Raises:
-      UsageError: a duration is set in no unit, is not positive, or the warm-up is
-        longer than the run.
+      UsageError: a duration is set in no unit, the run is too long to be counted, or
+        the warm-up is longer than the run.
     """
     steps_per_epoch = num_train / config.batch_size
     # Steps done beyond those that the examples would have taken at this batch size.
@@ -331,10 +265,6 @@ def durations(
             if value is not None:
                 scale = {"steps": 1, "epochs": steps_per_epoch}.get(unit)
                 scale = total / 100 if scale is None else scale
-                if value < 0 or (value == 0 and name != "warmup"):
-                    raise UsageError(
-                        f"{name}_{unit} is {value}: expected a positive number."
-                    )
                 from_start = unit == "epochs" and name not in _INTERVALS
                 length = round(value * scale + (ahead if from_start else 0))
                 return max(length, 0 if name == "warmup" else 1)
@@ -342,6 +272,11 @@ def durations(
         raise UsageError(f"The duration {name!r} is not set: set one of {keys}.")
 
     total = resolved("total")
+    if total > LARGEST_COUNT:
+        raise UsageError(
+            f"The run takes {total:,} steps, expected at most {LARGEST_COUNT:,}: "
+            "shorten it (total_steps or total_epochs), or take larger batches."
+        )
     warmup = resolved("warmup", total)
     if warmup > total:
         raise UsageError(

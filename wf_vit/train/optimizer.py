@@ -7,8 +7,9 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from wf_vit.errors import UsageError
+from wf_vit import settings
 from wf_vit.models.attention import FIELD
+from wf_vit.settings import setting
 from wf_vit.shapes import Params
 
 _BLOCK = "blocks_"
@@ -24,43 +25,43 @@ _WIDE_FIELDS_EPSILON = 1e-14
 class OptimizerConfig:
     """The settings of AdamW (arXiv 1711.05101), ``config.optimizer``.
 
-    Attributes:
-      learning_rate: at its peak, after the warm-up.
-      weight_decay: decoupled: a step subtracts learning rate * decay * kernel. Of
-        kernels only.
-      b1: decay of the mean of the gradient.
-      b2: decay of the mean of its square.
-      clip_norm: of the global gradient; 0 for no clipping.
-      layer_decay: the rate of block l of L is multiplied by
-        ``layer_decay ** (L - l)``, that of the embedding by
-        ``layer_decay ** (L + 1)``; that of the head is the full one.
-      fields_rate: the rate of the fields, of all layers, is that of the head times
-        this; 0 keeps them as they start.
-
     Raises:
-      UsageError: the layer decay or the rate of the fields is out of range.
+      UsageError: a value is out of its range.
     """
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.999
-    clip_norm: float = 1.0
-    layer_decay: float = 1.0
-    fields_rate: float = 1.0
+    learning_rate: float = setting(
+        1e-3, "at its peak, after the warm-up", low=0, high=1e6
+    )
+    weight_decay: float = setting(
+        0.1,
+        "a step subtracts learning rate * decay * kernel; of kernels only",
+        low=0,
+        high=1e6,
+    )
+    b1: float = setting(0.9, "decay of the mean of the gradient", low=0, below=1)
+    b2: float = setting(0.999, "decay of the mean of its square", low=0, below=1)
+    clip_norm: float = setting(
+        1.0,
+        "largest norm of the gradient; 0: no clipping",
+        low=0,
+        high=1e6,
+    )
+    layer_decay: float = setting(
+        1.0,
+        "factor of the rate from each layer to the one before it; 1: all have the rate "
+        "of the head",
+        above=0,
+        high=1,
+    )
+    fields_rate: float = setting(
+        1.0,
+        "rate of the fields, times that of the head; 0 keeps them as they start",
+        low=0,
+        high=1e6,
+    )
 
     def __post_init__(self):
-        if not 0 < self.layer_decay <= 1:
-            raise UsageError(
-                f"config.optimizer.layer_decay is {self.layer_decay}: expected more "
-                "than 0 and at most 1, which gives all layers the same rate."
-            )
-        if self.fields_rate < 0:
-            raise UsageError(
-                f"config.optimizer.fields_rate is {self.fields_rate}: expected 0, "
-                "which keeps the fields as they start, or more; 1 is the rate of the "
-                "head."
-            )
+        settings.check_fields(self, "config.optimizer")
 
 
 def learning_rate_schedule(

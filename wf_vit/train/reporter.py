@@ -207,10 +207,6 @@ def check_changes(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UsageError: what changed would spoil the run, and ``config.on_change`` does not
         say to continue.
     """
-    if config.on_change not in ("stop", "continue"):
-        raise UsageError(
-            f"config.on_change is {config.on_change!r}: choose 'stop' or 'continue'."
-        )
     old = dict(_leaves(read_config(workdir)))
     new = dict(_leaves(_plain(config)))
     spoiling = []

@@ -196,10 +196,6 @@ def _names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
             "config.weights is empty: pass a checkpoint or the folder of a run, as "
             "--config.weights=runs/cifar10."
         )
-    if config.batch_size < 1:
-        raise UsageError(
-            f"config.batch_size is {config.batch_size}, expected at least 1."
-        )
     return names or tuple(PROTOCOLS)
 
 

@@ -1,5 +1,7 @@
 """Runs of our own, loaded as published checkpoints are."""
 
+import json
+import os
 import shutil
 
 import jax
@@ -97,3 +99,100 @@ def test_a_folder_called_checkpoints_is_not_a_run_for_its_name(tmp_path, run_fol
         (tmp_path / "c/config.json").write_text(config)
         with pytest.raises(UsageError, match=r"config\.json"):
             pretrained.load(tmp_path / "c")
+
+
+META = "checkpoints/1/meta/metadata"
+
+
+def _set(*keys, to):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (META, lambda meta: meta.pop("model")),
+        (META, _set("model", to=None)),
+        (META, _set("model", to={})),
+        (META, lambda meta: meta["model"].pop("dtype")),
+        (META, _set("model", "depth", to=10**9)),
+        (META, _set("model", "depth", to=1000)),
+        (META, _set("model", "depth", to="2")),
+        (META, _set("model", "depth", to=-1)),
+        (META, _set("model", "width", to=10**9)),
+        (META, _set("model", "num_heads", to=0)),
+        (META, _set("model", "image_size", to=10**9)),
+        (META, _set("model", "name", to=["vit"])),
+        (META, _set("model", "fields", to=3)),
+        (META, _set("model", "fields", "softness", to=float("nan"))),
+        (META, _set("class_names", to=3)),
+        (META, _set("class_names", to=[1])),
+        ("config.json", _set("data", "augment", "mean", to="abc")),
+        ("config.json", _set("data", "augment", "mean", to=[0.5])),
+        ("config.json", _set("data", "augment", "std", to=[0, 0, 0])),
+        ("config.json", _set("data", "augment", "std", to=None)),
+        ("config.json", _set("data", "augment", "std", to=[float("nan")] * 3)),
+        ("config.json", lambda config: config["data"].pop("eval_resize")),
+        ("config.json", _set("data", "eval_resize", to=-1)),
+        ("config.json", _set("data", "resize_method", to=["bilinear"])),
+    ],
+)
+def test_a_tampered_run_is_named(tmp_path, run_folder, file, change):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder[0], folder)
+    shutil.rmtree(folder / "checkpoints/12")
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"run|has 2 blocks"):
+        pretrained.load(folder)
+
+
+def test_half_a_run_is_named(tmp_path, run_folder):
+    """Each of its files is taken away, emptied, cut, or made a pipe."""
+    whole = run_folder[0] / "checkpoints/1"
+    # These are of the write alone; Orbax reads without them.
+    idle = ("_CHECKPOINT_METADATA", "metrics/metadata", "_sharding")
+    files = [
+        path.relative_to(run_folder[0])
+        for path in sorted(whole.rglob("*"))
+        if path.is_file() and not str(path).endswith(idle)
+    ]
+    assert len(files) > 4
+    for number, file in enumerate(files):
+        for kind in ("gone", "empty", "half", "pipe"):
+            folder = tmp_path / f"{number}_{kind}"
+            shutil.copytree(run_folder[0], folder)
+            shutil.rmtree(folder / "checkpoints/12")
+            path = folder / file
+            content = path.read_bytes()
+            path.unlink()
+            if kind == "pipe":
+                os.mkfifo(path)
+            elif kind != "gone":
+                path.write_bytes(content[: len(content) // 2 if kind == "half" else 0])
+            message = ""
+            try:
+                pretrained.load(folder)
+            except UsageError as error:
+                message = str(error)
+            # Of some files Orbax has another copy.
+            assert str(folder) in message or (not message and kind != "pipe"), path
+    shutil.copytree(run_folder[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/12/state")
+    with pytest.raises(UsageError, match=r"checkpoints/12 is damaged"):
+        pretrained.load(tmp_path / "run")
+
+
+def test_weights_of_a_run_are_finite(tmp_path, run_folder):
+    _, model, params = run_folder
+    params = jax.tree.map(lambda x: x, params)
+    params["head"]["bias"] = params["head"]["bias"].at[0].set(np.nan)
+    write_run(tmp_path, model, params)
+    with pytest.raises(UsageError, match="head/bias has NaN"):
+        pretrained.load(tmp_path)

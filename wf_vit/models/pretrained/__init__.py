@@ -20,8 +20,14 @@ from wf_vit.arrays import is_module
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.containers import arrays_in
 from wf_vit.models.pretrained.embedding import Parameters
+from wf_vit.models.pretrained.guards import check_names, check_weights, explained
 from wf_vit.models.pretrained.hints import Hints
-from wf_vit.models.pretrained.infer import Checkpoint, infer
+from wf_vit.models.pretrained.infer import (
+    Checkpoint,
+    check_depth,
+    count_blocks,
+    infer,
+)
 from wf_vit.models.pretrained.positions import (
     TORCH_CUBIC_ANTIALIAS,
     Resampling,
@@ -237,11 +243,12 @@ def _read(
         arrays, hints = arrays_in(source, which=which), Hints()
     elif isinstance(source, str | Path):
         path = download(source) if str(source).startswith(HUB) else Path(source)
-        if is_run(path):
-            return read_run(path)
-        if is_own(path):
-            return read_own(path)
-        arrays, hints = read(path, which=which)
+        with explained(path, "Look at its name and its permissions."):
+            if is_run(path):
+                return _checked(read_run(path))
+            if is_own(path):
+                return _checked(read_own(path))
+            arrays, hints = read(path, which=which)
     else:
         raise UsageError(
             f"The checkpoint is a {type(source).__name__}, expected a path, "
@@ -250,6 +257,18 @@ def _read(
     return infer(
         arrays, hints, image_size=image_size, num_heads=num_heads, prefix=prefix
     )
+
+
+def _checked(own: Checkpoint) -> Checkpoint:
+    """Returns a checkpoint of ours; raises UsageError if it cannot be true.
+
+    Its attributes were not read off its parameters, so a depth without blocks, which
+    would take an age to compare, is found here.
+    """
+    check_names(own.parameters, "The checkpoint")
+    check_weights(own.parameters)
+    check_depth(count_blocks(own.parameters), own.model.depth)
+    return own
 
 
 def _initial(model: ViT) -> Parameters:

@@ -5,15 +5,18 @@ opened at a time: the entry that is meant for use is taken, and the rest is name
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from wf_vit.arrays import as_array
 from wf_vit.errors import UsageError
+from wf_vit.models.pretrained import guards
 
 _LOG = logging.getLogger(__name__)
+
+_MOST_LEVELS = 32
 
 # Entries that hold the parameters, in the order in which they are preferred: averages
 # first (as timm does), then the teachers that self-distilled models are used by.
@@ -84,8 +87,9 @@ def arrays_in(content: Any, *, which: str | None) -> dict[str, np.ndarray]:
                 chosen,
             )
         content = entries[chosen]
+    guards.check_names(map(str, content), "The checkpoint")
     arrays = {
-        str(name): np.asarray(as_array(value, str(name)))
+        str(name): _to_numpy(value, str(name))
         for name, value in content.items()
         if hasattr(value, "shape") and hasattr(value, "dtype")
     }
@@ -95,38 +99,70 @@ def arrays_in(content: Any, *, which: str | None) -> dict[str, np.ndarray]:
     return arrays
 
 
+def bytes_in(content: Any) -> int:
+    """Returns the size of all arrays by name, at any depth, as their shapes say it."""
+    return sum(value.nbytes for value in _values(content) if _is_array(value))
+
+
+def _to_numpy(value: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(as_array(value, name))
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        # PyTorch has kinds that NumPy lacks: quantised, sparse, of 8 bits, on "meta".
+        raise UsageError(
+            f"{name} is {value.dtype} {tuple(value.shape)}, which has no equal in "
+            f"NumPy: convert it to float32 first. ({error})"
+        ) from error
+
+
 def _is_array(value: Any) -> bool:
     """Whether a value is an array of numbers, and not one number alone."""
     return bool(getattr(value, "shape", ()))
 
 
+def _values(content: Any) -> Iterator[Any]:
+    """Yields what a mapping holds by text, at any depth, each mapping once.
+
+    Raises:
+      UsageError: it is nested too deeply to be a checkpoint.
+    """
+    # A stack of its own, and a memory: files may nest as deeply, or repeat an entry as
+    # often, as they like.
+    stack, seen = [(content, 0)], set()
+    while stack:
+        value, depth = stack.pop()
+        if not isinstance(value, Mapping):
+            yield value
+        elif depth > _MOST_LEVELS:
+            raise UsageError(
+                f"The checkpoint nests more than {_MOST_LEVELS} levels of entries: "
+                "save model.state_dict()."
+            )
+        elif id(value) not in seen:
+            seen.add(id(value))
+            stack += [(v, depth + 1) for n, v in value.items() if isinstance(n, str)]
+
+
 def _entries(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
     """Returns the entries of one level that hold arrays by name, at any depth."""
-
-    def holds(value: Mapping[Any, Any]) -> bool:
-        return any(
-            isinstance(name, str)
-            and (_is_array(inner) or (isinstance(inner, Mapping) and holds(inner)))
-            for name, inner in value.items()
-        )
-
     return {
         str(name): value
         for name, value in content.items()
-        if isinstance(value, Mapping) and holds(value)
+        if isinstance(value, Mapping) and any(map(_is_array, _values(value)))
     }
 
 
 def _entry(content: Mapping[Any, Any], wanted: str) -> Mapping[Any, Any]:
     """Returns the entry of a name, at any depth; raises UsageError without one."""
     level, seen = [content], []
-    while level:
+    for _ in range(_MOST_LEVELS):
         entries = [_entries(c) for c in level]
         for found in entries:
             if wanted in found:
                 return found[wanted]
             seen += found
-        level = [value for found in entries for value in found.values()]
+        # An entry that is there under many names is looked into once.
+        level = list({id(v): v for found in entries for v in found.values()}.values())
     raise UsageError(
         f"which is {wanted!r}, but the checkpoint has "
         f"{', '.join(map(repr, seen)) or 'no entries, only parameters'}: name one of "

@@ -1,15 +1,17 @@
 """What the files beside the tensors say: Hugging Face's configs, or timm's."""
 
+import contextlib
 import dataclasses
 import json
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from wf_vit.errors import UsageError
+from wf_vit.models.checks import MOST_PIXELS
 from wf_vit.models.positions import DINOV3_ROTARY
+from wf_vit.models.pretrained import guards
 from wf_vit.models.pretrained.layouts import DINOV3_ROPE
 from wf_vit.models.pretrained.preprocess import Triple
 
@@ -51,7 +53,8 @@ class Hints:
     """What the files beside the tensors say.
 
     Attributes:
-      model: attributes of ``ViT``; "rotary" is a ``Rope``.
+      model: attributes of ``ViT``; "rotary" is a ``Rope``, and "depth" is compared
+        with what is there.
       image_format: arguments of ``preprocess.ImageFormat``.
       class_names: of the head.
       known: whether there is a config of a known form.
@@ -71,12 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UsageError(
-            f"{path} cannot be read as JSON: {error}. Repair it or take it away."
-        ) from error
+    with guards.explained(path, "Repair it or take it away."):
+        content = json.loads(guards.read_text(path))
     if not isinstance(content, dict):
         raise UsageError(
             f"{path} holds a {type(content).__name__}, expected a JSON object: repair "
@@ -85,22 +84,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def number(config: Mapping[str, Any], key: str, *, whole: bool = False) -> Any:
+def number(
+    config: Mapping[str, Any],
+    key: str,
+    *,
+    whole: bool = False,
+    most: int | float = 2**20,
+) -> Any:
     """Returns a positive number of a config, or None if it is not there.
+
+    Raises:
+      UsageError: it is something else, or above ``most``.
+    """
+    value = config.get(key)
+    kinds = (int,) if whole else (int, float)
+    if value is None or (
+        isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= most
+    ):
+        return value
+    what = "a whole number" if whole else "a number"
+    raise UsageError(
+        f"The config says {key}={shown(value)}, expected {what} above 0 and up to "
+        f"{most:,}: correct it."
+    )
+
+
+def choice(config: Mapping[str, Any], key: str, known: Collection[str]) -> str | None:
+    """Returns one of some texts of a config, or None if it is not there.
 
     Raises:
       UsageError: it is something else.
     """
     value = config.get(key)
-    kinds = (int,) if whole else (int, float)
-    if value is None or (
-        isinstance(value, kinds) and not isinstance(value, bool) and value > 0
-    ):
+    if value is None or (isinstance(value, str) and value in known):
         return value
-    what = "a whole number" if whole else "a number"
     raise UsageError(
-        f"The config says {key}={value!r}, expected {what} above 0: correct it."
+        f"The config says {key}={shown(value)}, expected one of {', '.join(known)}: "
+        "correct it."
     )
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message, shortened."""
+    # Of a huge number Python does not even show the digits.
+    with contextlib.suppress(ValueError):
+        text = repr(value)
+        return text if len(text) <= 200 else f"{text[:197]}..."
+    return "a huge number"
 
 
 def pair(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
@@ -113,11 +143,12 @@ def pair(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
     if value is None:
         return None
     sizes = value if isinstance(value, list | tuple) else (value, value)
-    if len(sizes) == 2:
-        return tuple(number({key: size}, key, whole=True) for size in sizes)
+    if len(sizes) == 2 and None not in sizes:
+        options = {"whole": True, "most": MOST_PIXELS}
+        return tuple(number({key: size}, key, **options) for size in sizes)
     raise UsageError(
-        f"The config says {key}={value!r}, expected one whole number or two: correct "
-        "it."
+        f"The config says {key}={shown(value)}, expected one whole number or two: "
+        "correct it."
     )
 
 
@@ -132,10 +163,11 @@ def triple(config: Mapping[str, Any], key: str) -> Triple | None:
         return None
     values = value if isinstance(value, list | tuple) else (value,) * 3
     if len(values) != 3 or not all(
-        isinstance(x, int | float) and math.isfinite(x) for x in values
+        isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 1e6
+        for x in values
     ):
         raise UsageError(
-            f"The config says {key}={value!r}, expected three numbers: correct it."
+            f"The config says {key}={shown(value)}, expected three numbers: correct it."
         )
     return tuple(float(x) for x in values)
 
@@ -149,15 +181,16 @@ def read_hints(folder: Path, of_timm: Callable[[Mapping[str, Any]], Hints]) -> H
     """Reads ``config.json`` and ``preprocessor_config.json``, where they exist."""
     config = read_json(folder / "config.json")
     preprocessor = read_json(folder / "preprocessor_config.json")
-    if "architecture" in config:
-        return of_timm(config)
-    if config and not {"model_type", "vision_config", "hidden_size"} & config.keys():
-        _LOG.warning(
-            "%s is neither Hugging Face's nor timm's, and is not looked at.",
-            folder / "config.json",
-        )
-        config = {}
-    return hugging_face_hints(config, preprocessor)
+    path = folder / "config.json"
+    with guards.explained(folder, "Correct its config.json, or the preprocessor's."):
+        if "architecture" in config:
+            return of_timm(config)
+        if config and not {"model_type", "vision_config", "hidden_size"} & set(config):
+            _LOG.warning(
+                "%s is neither Hugging Face's nor timm's, and is not looked at.", path
+            )
+            config = {}
+        return hugging_face_hints(config, preprocessor)
 
 
 def hugging_face_hints(
@@ -180,12 +213,7 @@ def hugging_face_hints(
                 f"{', '.join(MODEL_TYPES)}. A model of another type may have the same "
                 "names and compute something else."
             )
-    activation = vision.get("hidden_act")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise UsageError(
-            f"config.json says hidden_act={activation!r}; a ViT of this package has "
-            f"one of {', '.join(ACTIVATIONS)}."
-        )
+    activation = choice(vision, "hidden_act", ACTIVATIONS)
     gated = vision.get("use_gated_mlp") or "aimv2" in str(vision.get("model_type"))
     if gated and activation is not None and ACTIVATIONS[activation] is not None:
         raise UsageError(
@@ -195,12 +223,13 @@ def hugging_face_hints(
     model = {
         "num_heads": number(vision, "num_attention_heads", whole=True),
         "mlp": ACTIVATIONS.get(activation),
-        "norm_epsilon": number(vision, "layer_norm_eps")
-        or number(vision, "rms_norm_eps"),
+        "norm_epsilon": number(vision, "layer_norm_eps", most=1)
+        or number(vision, "rms_norm_eps", most=1),
+        "depth": number(vision, "num_hidden_layers", whole=True, most=1000),
         "image_size": pair(vision, "image_size"),
     }
     if vision.get("model_type") == "dinov3_vit":
-        theta = number(vision, "rope_theta") or DINOV3_ROTARY.temperature
+        theta = number(vision, "rope_theta", most=1e12) or DINOV3_ROTARY.temperature
         rotary = dataclasses.replace(DINOV3_ROTARY, temperature=float(theta))
         model["rotary"] = dataclasses.replace(DINOV3_ROPE, rotary=rotary)
     if vision.get("model_type") == "beit":
@@ -217,9 +246,9 @@ def _labels(by_index: Any) -> tuple[str, ...]:
     """Returns Hugging Face's class names, unless they are its placeholders."""
     try:
         names = tuple(by_index[key] for key in sorted(by_index, key=int))
-    except (TypeError, ValueError, KeyError) as error:
+    except (IndexError, TypeError, ValueError, KeyError) as error:
         raise UsageError(
-            f"config.json says id2label={by_index!r}, expected names by number."
+            f"config.json says id2label={shown(by_index)}, expected names by number."
         ) from error
     placeholders = all(name == f"LABEL_{k}" for k, name in enumerate(names))
     return () if placeholders else tuple(map(str, names))
@@ -249,17 +278,17 @@ def image_hints(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UsageError(
             "preprocessor_config.json has keys that are not understood: "
-            f"{unknown}. Take them away if they change nothing for an RGB image."
+            f"{shown(unknown)}. Take them away if they change nothing for an RGB image."
         )
     hints = {"floor": True}
     resample = preprocessor.get("resample")
     if resample is not None:
-        if resample not in range(len(RESAMPLE)):
+        if isinstance(resample, bool) or resample not in range(len(RESAMPLE)):
             raise UsageError(
                 f"preprocessor_config.json says resample={resample!r}, expected one of "
                 f"Pillow's numbers, 0 to {len(RESAMPLE) - 1}."
             )
-        hints["interpolation"] = RESAMPLE[resample]
+        hints["interpolation"] = RESAMPLE[int(resample)]
     return hints | _scale(preprocessor) | _geometry(preprocessor)
 
 
@@ -308,8 +337,7 @@ def _sides(preprocessor: Mapping[str, Any], key: str) -> tuple[bool, tuple[int, 
         if kind == {"shortest_edge"}:
             return True, pair(size, "shortest_edge")
         if kind == {"height", "width"}:
-            sides = [number(size, side, whole=True) for side in ("height", "width")]
-            return False, tuple(sides)
+            return False, pair({key: (size["height"], size["width"])}, key)
         raise UsageError(
             f"preprocessor_config.json says {key}={dict(size)}, expected shortest_edge,"
             " or height and width."

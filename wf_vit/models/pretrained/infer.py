@@ -4,12 +4,13 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from wf_vit.errors import UsageError
+from wf_vit.models.pretrained import guards
 from wf_vit.models.pretrained.embedding import (
     Parameters,
     join_embedding,
@@ -81,6 +82,7 @@ def infer(
       UsageError: no known layout, or something that cannot be inferred.
     """
     layout, own = choose(arrays, prefix)
+    guards.check_weights(own)
     renamed = rename(own, layout)
     # Convention, then what the config says, then what the tensors say.
     attributes = {**layout.model, **hints.model}
@@ -96,6 +98,7 @@ def infer(
     )
     _fill_biases(parameters)
     attributes |= embedding | _blocks(parameters)
+    check_depth(attributes["depth"], hints.model.get("depth"))
     attributes["rotary"] = _rotate(parameters, attributes, hints)
     attributes |= _readout(parameters, renamed.origin, attributes, layout)
     _announce(layout, hints, attributes, num_heads)
@@ -192,7 +195,7 @@ def _blocks(parameters: Parameters) -> dict[str, Any]:
     in_blocks = [re.match(r"blocks_(\d+)/(.*)", name) for name in parameters]
     found = {match[2] for match in in_blocks if match}
     attributes = {
-        "depth": 1 + max((int(match[1]) for match in in_blocks if match), default=-1),
+        "depth": count_blocks(parameters),
         "mlp_dim": _common_shape(parameters, "mlp/up/kernel")[-1],
         "num_heads": _common_shape(parameters, "attention/query/kernel")[1],
         "qkv_bias": any(f"attention/{x}/bias" in found for x in ("query", "value")),
@@ -205,6 +208,35 @@ def _blocks(parameters: Parameters) -> dict[str, Any]:
     if found & {"attention_scale", "mlp_scale"}:
         attributes["layer_scale"] = 1.0
     return attributes
+
+
+def check_depth(found: int, said: int | None) -> None:
+    """Raises UsageError if the config says another depth than there is."""
+    if said not in (None, found):
+        raise UsageError(
+            f"The config says that there are {said} layers, but the checkpoint has "
+            f"{found} blocks: it is incomplete, or its last blocks are not used. "
+            "Complete it, take these blocks out, or correct the config."
+        )
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Returns how many blocks there are, by the names of their parameters.
+
+    Raises:
+      UsageError: they are not numbered from 0 on without a gap.
+    """
+    matches = [re.match(r"blocks_(\d+)/", name) for name in names]
+    numbers = {int(match[1]) for match in matches if match}
+    odd = sorted(numbers - set(range(len(numbers))))
+    if odd:
+        missing = next(n for n in range(len(numbers)) if n not in numbers)
+        raise UsageError(
+            f"The checkpoint has parameters of blocks_{odd[-1]}, but none of "
+            f"blocks_{missing}: expected are numbers from 0 on without a gap. It is "
+            "incomplete, or damaged."
+        )
+    return len(numbers)
 
 
 def _common_shape(parameters: Parameters, name: str) -> tuple[int, ...]:

@@ -12,8 +12,10 @@ import math
 import numpy as np
 from jaxtyping import Float
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid
+from wf_vit.settings import setting
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,11 +30,17 @@ class Resampling:
         cubic has the parameter -0.75 without and -0.5 with it.
       offset: added to the new size where the scale is computed, and only there: the
         0.1 of DINO's and DINOv2's code, which their checkpoints were tuned with.
+
+    Raises:
+      UsageError: a value is out of its range.
     """
 
-    kernel: str = "cubic"
-    antialias: bool = False
-    offset: float = 0.0
+    kernel: str = setting("cubic", "of the resize", choices=("cubic", "linear"))
+    antialias: bool = setting(False, "whether a cubic kernel widens")
+    offset: float = setting(0.0, "added to the new size", low=0, high=1)
+
+    def __post_init__(self):
+        settings.check_fields(self, "resampling")
 
 
 TORCH_CUBIC = Resampling()

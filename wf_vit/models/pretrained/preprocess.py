@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from dataclasses import MISSING
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
+from wf_vit.settings import setting
 
 Triple = tuple[float, float, float]
 
@@ -40,34 +43,34 @@ class ImageFormat:
       squash: whether the resize before the crop ignores the aspect ratio too.
       floor: whether the place of the crop is rounded down, as in Hugging Face, and not
         to the nearest pixel, as in torchvision.
+
+    Raises:
+      UsageError: a value is out of its range.
     """
 
-    mean: Triple
-    std: Triple
-    interpolation: str
-    crop: float | None
-    squash: bool = False
-    floor: bool = False
+    mean: Triple = setting(
+        MISSING, "of each channel", kind=tuple, length=3, low=-1e6, high=1e6
+    )
+    std: Triple = setting(
+        MISSING, "of each channel", kind=tuple, length=3, low=1e-6, high=1e6
+    )
+    interpolation: str = setting(
+        MISSING, "as Pillow names it", kind=str, choices=tuple(INTERPOLATIONS)
+    )
+    # A smaller share would make a huge image of every one.
+    crop: float | None = setting(
+        MISSING,
+        "share of the side that the crop keeps",
+        kind=float,
+        low=0.05,
+        high=1,
+        optional=True,
+    )
+    squash: bool = setting(False, "whether the resize ignores the aspect ratio")
+    floor: bool = setting(False, "whether the place of the crop is rounded down")
 
     def __post_init__(self):
-        numbers = (*self.mean, *self.std, self.crop or 1.0)
-        if (
-            len(self.mean) != 3
-            or len(self.std) != 3
-            or not all(math.isfinite(number) for number in numbers)
-            or min(self.std) <= 0
-            or not 0 < (self.crop or 1.0) <= 1
-        ):
-            raise UsageError(
-                f"The images' mean is {self.mean}, their std {self.std} and the crop "
-                f"{self.crop}: expected three numbers each, std above 0, and a share "
-                "above 0 and up to 1. Correct the config beside the checkpoint."
-            )
-        if self.interpolation not in INTERPOLATIONS:
-            raise UsageError(
-                f"The interpolation is {self.interpolation!r}: choose one of "
-                f"{', '.join(INTERPOLATIONS)}."
-            )
+        settings.check_fields(self, "images")
 
 
 @dataclasses.dataclass(frozen=True)

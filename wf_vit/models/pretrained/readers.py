@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
-from safetensors import safe_open
 
 from wf_vit.errors import UsageError
-from wf_vit.models.pretrained.containers import arrays_in
+from wf_vit.models.pretrained import guards
+from wf_vit.models.pretrained.containers import arrays_in, bytes_in
+from wf_vit.models.pretrained.files import read_npz, read_safetensors
 from wf_vit.models.pretrained.hints import (
     Hints,
     hugging_face_hints,
@@ -54,7 +53,7 @@ def read(path: Path, *, which: str | None) -> tuple[dict[str, np.ndarray], Hints
     if path.name == INDEX:
         arrays = _read_shards(path)
     elif path.name.endswith(SUFFIXES):
-        arrays = arrays_in(_read_file(path), which=which)
+        arrays = arrays_in(read_file(path), which=which)
     else:
         raise UsageError(f"{path} is none of {', '.join(SUFFIXES)}: convert it first.")
     return arrays, read_hints(folder, timm_hints)
@@ -135,9 +134,17 @@ def _weights_in(folder: Path) -> Path:
     return found[0]
 
 
-def _read_file(path: Path) -> Any:
-    """Returns what a file of weights holds; raises UsageError if it is damaged."""
-    try:
+def read_file(path: Path) -> Any:
+    """Returns what a file of weights holds.
+
+    Raises:
+      UsageError: it is damaged, holds more than its size can, or is no file.
+    """
+    size = guards.regular_file(path)
+    with guards.explained(
+        f"{path} ({size:,} bytes)",
+        "It is cut short, damaged or something else. Download it again.",
+    ):
         with path.open("rb") as file:
             pointer = file.read(len(_LFS)) == _LFS
         if pointer:
@@ -146,56 +153,49 @@ def _read_file(path: Path) -> Any:
                 "its repository, or download the file itself."
             )
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
+            return read_safetensors(path)
         if path.suffix == ".npz":
-            return _read_npz(path)
+            return read_npz(path)
         return _read_torch(path)
-    except UsageError:
-        raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UsageError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read: it is cut short, "
-            f"damaged or something else. Download it again. ({error})"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # NumPy finds bfloat16 because ml_dtypes is imported.
-    with safe_open(path, framework="np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict):
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
         raise UsageError(f"{index} has no weight_map: download it again.")
-    outside = sorted(f for f in set(files.values()) if Path(str(f)).name != f)
+    guards.check_names([*names, *set(map(_as_name, names.values()))], index)
+    files = sorted(set(names.values()))
+    outside = [f for f in files if Path(f).name != f or not f.endswith(".safetensors")]
     if outside:
-        raise UsageError(f"{index} names files outside of its folder: {outside}.")
-    missing = sorted(f for f in set(files.values()) if not (index.parent / f).exists())
+        raise UsageError(
+            f"{index} names files outside of its folder, or that are no .safetensors: "
+            f"{outside[:8]}. Download it again."
+        )
+    missing = [f for f in files if not (index.parent / f).exists()]
     if missing:
-        raise UsageError(f"{index} names files that are not there: {missing}.")
+        raise UsageError(f"{index} names files that are not there: {missing[:8]}.")
+    linked = [f for f in files if not guards.within(index.parent / f, index.parent)]
+    if linked:
+        raise UsageError(
+            f"{index} names files that are links to outside of its folder: "
+            f"{linked[:8]}. Where you trust them, copy them into the folder."
+        )
     arrays = {}
-    for file in sorted(set(files.values())):
-        arrays.update(_read_file(index.parent / file))
+    for file in files:
+        part = read_file(index.parent / file)
+        twice = sorted(arrays.keys() & part.keys())
+        if twice:
+            raise UsageError(
+                f"{index} has {twice[0]} in two files, one of which is {file}: "
+                "download it again."
+            )
+        arrays.update(part)
     return arrays
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    # NumPy stores bfloat16 as two bytes without a type.
-    return {
-        name: a.view(ml_dtypes.bfloat16) if a.dtype == np.dtype("V2") else a
-        for name, a in arrays.items()
-    }
+def _as_name(value: Any) -> Any:
+    """Returns a text as it is, and something that can be shown for what is none."""
+    return value if isinstance(value, str) else (repr(value)[:60],)
 
 
 def _read_torch(path: Path) -> Any:
@@ -206,6 +206,9 @@ def _read_torch(path: Path) -> Any:
             f"{path} needs PyTorch to be read: pip install torch, or save the state "
             "dict elsewhere with safetensors.torch.save_file."
         ) from error
+    size = guards.regular_file(path)
+    if zipfile.is_zipfile(path):
+        guards.check_zip(path)
     # Training checkpoints hold arguments and counters; nothing of them is run.
     harmless = [
         argparse.Namespace,
@@ -215,9 +218,7 @@ def _read_torch(path: Path) -> Any:
     ]
     try:
         with torch.serialization.safe_globals(harmless):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise RuntimeError(str(error)) from error
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # PyTorch raises pickle's error for what only unpickling could read.
         if type(error).__name__ != "UnpicklingError":
@@ -227,6 +228,9 @@ def _read_torch(path: Path) -> Any:
             "the code in a file. Where you trust it, save its parameters: torch.save("
             f"model.state_dict(), path). (PyTorch says: {_first_line(error)})"
         ) from error
+    # A tensor may repeat one number without end, by a stride of 0.
+    guards.check_total(bytes_in(content), size, path)
+    return content
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
-from wf_vit.models.pretrained import stored
+from wf_vit.models.pretrained import guards, stored
 from wf_vit.models.pretrained.hints import read_json
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
@@ -43,9 +43,10 @@ def read_run(source: Path) -> Checkpoint:
       The checkpoint: the moving average of the parameters if the run keeps one.
 
     Raises:
-      UsageError: there is no checkpoint, or no ``config.json``.
+      UsageError: there is no checkpoint, or no ``config.json``, or they are damaged.
     """
     source = source.absolute()
+    advice = "The run is damaged, or not of this package: take another of its steps."
     if (source / DIRECTORY).is_dir():
         folders = stored.step_folders(source / DIRECTORY)
         if not folders:
@@ -64,28 +65,33 @@ def read_run(source: Path) -> Checkpoint:
             f"{config} is not that of a run of this package, though {DIRECTORY}/ is "
             "beside it: give the file of the weights by name."
         )
-    try:
-        saved = stored.read_step(source, lambda tree: [_kind(tree)])
-    except DamagedError as error:
-        others = ", ".join(f.name for f in stored.step_folders(source.parent))
-        raise UsageError(
-            f"The checkpoint {source} is damaged: {error}. Give the folder of another "
-            f"step of this run ({others}), or a copy."
-        ) from error
+    with guards.explained(source, advice):
+        try:
+            saved = stored.read_step(source, lambda tree: [_kind(tree)])
+        except DamagedError as error:
+            others = ", ".join(f.name for f in stored.step_folders(source.parent))
+            raise UsageError(
+                f"The checkpoint {source} is damaged: {error}. Give the folder of "
+                f"another step of this run ({others}), or a copy."
+            ) from error
+        model = registry.from_json(saved.meta["model"])
+        names = guards.class_names(saved.meta.get("class_names", ()))
+    with guards.explained(config, advice):
+        image_format = ImageFormat(
+            mean=tuple(data["augment"]["mean"]),
+            std=tuple(data["augment"]["std"]),
+            interpolation=data["resize_method"],
+            crop=data["eval_resize"],
+        )
     return Checkpoint(
-        model=registry.from_json(saved.meta["model"]),
+        model=model,
         parameters={
             path.partition("/")[2]: array for path, array in saved.arrays.items()
         },
         origin={},
         resampling=TORCH_CUBIC_ANTIALIAS,
-        image_format=ImageFormat(
-            mean=tuple(data["augment"]["mean"]),
-            std=tuple(data["augment"]["std"]),
-            interpolation=data["resize_method"],
-            crop=data["eval_resize"],
-        ),
-        class_names=tuple(saved.meta.get("class_names", ())),
+        image_format=image_format,
+        class_names=names,
     )
 
 

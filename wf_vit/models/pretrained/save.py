@@ -10,25 +10,33 @@ import json
 from pathlib import Path
 
 import numpy as np
-import safetensors
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
+from wf_vit.models.checks import MOST_PIXELS
+from wf_vit.models.pretrained import guards
 from wf_vit.models.pretrained.hints import read_json
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS, Resampling
 from wf_vit.models.pretrained.preprocess import HALF, ImageFormat, Preprocess
+from wf_vit.models.pretrained.readers import read_file
 from wf_vit.models.pretrained.to_hugging_face import to_hugging_face
 from wf_vit.models.pretrained.to_timm import to_timm
 from wf_vit.models.vit import ViT
+from wf_vit.settings import Setting
 from wf_vit.shapes import Params
 
 # The key of config.json that marks our own layout, and its version.
 OWN, VERSION = "wf_vit", 1
 WEIGHTS = "model.safetensors"
 LAYOUTS = ("timm", "hf", OWN)
+
+_LEFTOVER = {
+    "leftover": Setting((0, 0), "pixels", items=int, length=2, low=0, high=MOST_PIXELS)
+}
 
 
 def save(
@@ -118,27 +126,19 @@ def read_own(path: Path) -> Checkpoint:
             f"{folder} has version {config[OWN]!r} of the layout wf_vit, expected "
             f"{VERSION}: open it with the version of this package that wrote it."
         )
-    try:
+    with guards.explained(folder, "It is not as it was saved: save it again."):
         images = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in config["images"].items()
         }
+        leftover = {"leftover": tuple(config["leftover"])}
+        settings.check(_LEFTOVER, leftover, "images")
         return Checkpoint(
             model=registry.from_json(config["model"]),
-            parameters=load_file(folder / WEIGHTS),
+            parameters=read_file(folder / WEIGHTS),
             origin={},
             resampling=Resampling(**config["resampling"]),
             image_format=ImageFormat(**images),
-            class_names=tuple(config["class_names"]),
-            leftover=tuple(config["leftover"]),
+            class_names=guards.class_names(config["class_names"]),
+            **leftover,
         )
-    except (
-        AttributeError,
-        KeyError,
-        OSError,
-        TypeError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UsageError(
-            f"{folder} is not as it was saved: {error!r}. Save it again."
-        ) from error

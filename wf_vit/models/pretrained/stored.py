@@ -8,6 +8,7 @@ evaluated.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from wf_vit.errors import UsageError
+from wf_vit.models.pretrained import guards
 
 # What ``meta`` calls the digests of the arrays, and that of all else that it holds.
 DIGESTS = "sha256"
@@ -125,6 +127,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def _read(folder: Path, choose: Callable | None) -> Stored:
+    size = guards.regular_files(folder)
     json_item = ocp.JsonCheckpointHandler()
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(), meta=json_item, metrics=json_item
@@ -132,6 +135,11 @@ def _read(folder: Path, choose: Callable | None) -> Stored:
     with ocp.Checkpointer(handler) as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata["state"].tree
         wanted = tree if choose is None else {name: tree[name] for name in choose(tree)}
+        declared = (
+            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            for leaf in jax.tree.leaves(wanted)
+        )
+        guards.check_total(sum(declared), size, folder)
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         restored = checkpointer.restore(
             folder,

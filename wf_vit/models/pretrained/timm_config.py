@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from wf_vit.errors import UsageError
-from wf_vit.models.pretrained.hints import Hints, number, pair, said, triple
+from wf_vit.models.pretrained.hints import (
+    Hints,
+    choice,
+    number,
+    pair,
+    said,
+    shown,
+    triple,
+)
 from wf_vit.models.pretrained.layouts import (
     DINOV3_ROPE,
     EVA02_ROPE,
@@ -99,29 +107,23 @@ def timm_hints(config: Mapping[str, Any]) -> Hints:
             f"config.json says model_args={refused}: a model that was built so is not "
             "supported."
         )
-    activation = arguments.get("act_layer")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise UsageError(
-            f"config.json says act_layer={activation!r}, expected one of "
-            f"{', '.join(ACTIVATIONS)}."
-        )
+    activation = choice(arguments, "act_layer", ACTIVATIONS)
     size = pair(arguments, "img_size")
-    if size is None and images.get("input_size"):
-        size = pair({"input_size": images["input_size"][1:]}, "input_size")
+    shape = images.get("input_size")
+    if size is None and shape:
+        # Channels, height and width.
+        shape = shape[1:] if isinstance(shape, list | tuple) else [shape]
+        size = pair({"input_size": shape}, "input_size")
     model = {}
     for pattern, attributes in ARCHITECTURES:
         if re.search(pattern, architecture):
             model |= attributes
-    pool = config.get("global_pool")
-    if pool is not None and pool not in (*POOLINGS, ""):
-        raise UsageError(
-            f"config.json says global_pool={pool!r}, expected one of "
-            f"{', '.join(POOLINGS)}."
-        )
+    pool = choice(config, "global_pool", (*POOLINGS, ""))
     all_tokens = arguments.get("pool_include_prefix")
     model |= said(
         {
             "num_heads": number(arguments, "num_heads", whole=True),
+            "depth": number(arguments, "depth", whole=True, most=1000),
             "pool_heads": number(arguments, "attn_pool_num_heads", whole=True),
             "pool": POOLINGS.get(pool),
             "pool_tokens": "all" if all_tokens else None,
@@ -129,7 +131,11 @@ def timm_hints(config: Mapping[str, Any]) -> Hints:
             "mlp": ACTIVATIONS.get(activation),
         }
     )
-    names = config.get("label_names", ())
+    names = config.get("label_names") or ()
+    if not isinstance(names, list | tuple):
+        raise UsageError(
+            f"config.json says label_names={shown(names)}, expected a list of names."
+        )
     known = re.match(_FAMILIES, architecture) is not None
     return Hints(model, _images(images), tuple(map(str, names)), known=known)
 
@@ -144,20 +150,11 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _images(images: Mapping[str, Any]) -> dict[str, Any]:
     """Returns how images are prepared, from timm's ``pretrained_cfg``."""
     hints = said({key: triple(images, key) for key in ("mean", "std")})
-    interpolation = images.get("interpolation")
+    interpolation = choice(images, "interpolation", INTERPOLATIONS)
     if interpolation is not None:
-        if interpolation not in INTERPOLATIONS:
-            raise UsageError(
-                f"config.json says interpolation={interpolation!r}, expected one of "
-                f"{', '.join(INTERPOLATIONS)}."
-            )
         hints["interpolation"] = interpolation
-    mode = images.get("crop_mode") or "center"
-    if mode not in ("center", "squash"):
-        raise UsageError(
-            f"config.json says crop_mode={mode!r}, expected center or squash."
-        )
-    share = number(images, "crop_pct")
+    mode = choice(images, "crop_mode", ("center", "squash", "")) or "center"
+    share = number(images, "crop_pct", most=1)
     if mode == "squash":
         hints |= {"crop": share and float(share), "squash": True}
     elif share is not None:
