@@ -2,8 +2,8 @@
 
 Pure JAX, to be called inside a jitted step. Everything is drawn per image from that
 image's own key, and images are mixed in fixed pairs of neighbours of the batch. So as
-long as every device holds an even number of consecutive images, the result does not
-depend on how many devices share the batch, and no image crosses devices.
+long as every device holds whole pairs, the result does not depend on how many devices
+and processes share the batch, and no image crosses devices.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,12 @@ def example_keys(
       offset: index of this device's first image in the global batch.
       count: how many images this device holds.
     """
-    indices = offset + jnp.arange(count)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+    return keys_at(key, offset + jnp.arange(count))
+
+
+def keys_at(key: Key, places: Int[Array, " B"]) -> KeyArray[Array, " B"]:
+    """Returns the keys of images by their places in the global batch."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 
 
 def normalize(

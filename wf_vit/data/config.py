@@ -1,9 +1,13 @@
 """Every setting of the data, in one place: the config's keys and what they become."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
+
+# What to do with examples that cannot be read; the first is the default.
+ON_ERROR = ("stop", "skip")
 
 Size = tuple[int, int]
 Triple = tuple[float, float, float]
@@ -102,8 +106,14 @@ class DataConfig:
         too.
       train: TFDS split specification: "train", "train[:99%]", "train+validation", ...
       eval: likewise, of each label: {"minival": "train[99%:]", ...}.
-      shuffle_buffer: undecoded records held per process to shuffle from, on top of the
-        files'.
+      shuffle_buffer: undecoded records held to shuffle from, over all processes, on top
+        of the shuffled files. Large sets are shuffled in up to 16 groups, each of
+        which has its part of them.
+      on_error: what to do with an example that cannot be read, decoded or has no
+        class: "stop" with an error that names it, or "skip": it keeps its place in the
+        order, counts for nothing, and the metrics count it (``train/skipped``,
+        ``test/skipped``). Of a file of many examples that is missing or damaged, "skip"
+        uses what can be read.
       view: from a stored image to pixels.
       augment: on the device.
     """
@@ -115,6 +125,7 @@ class DataConfig:
         default_factory=lambda: {"test": "test"}
     )
     shuffle_buffer: int = 50_000
+    on_error: str = ON_ERROR[0]
     view: View = View()
     augment: Augmentation = Augmentation()
 
@@ -128,6 +139,11 @@ class DataConfig:
         view = View(**seen | {"image_size": size})
         augment = Augmentation(**options.pop("augment"))
         return cls(**options, view=view, augment=augment)
+
+
+def printable(name: str | bytes) -> str:
+    """Returns the name of a file as text that can be printed, whatever its bytes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 _VIEW = dataclasses.fields(View)

@@ -81,6 +81,17 @@ def open_folder(root: str) -> Source:
     )
 
     def read(split: Any, shuffle_seed: tf.Tensor | None) -> tf.data.Dataset:
+        return read_range(split, 0, None, shuffle_seed)
+
+    def read_range(
+        split: Any,
+        begin: int | tf.Tensor,
+        end: int | tf.Tensor | None,
+        shuffle_seed: tf.Tensor | None,
+        *,
+        groups: int = 1,
+    ) -> tf.data.Dataset:
+        del groups
         paths, labels = [], []
         for part in _slices(split, infos, root):
             paths += examples[part.splitname][0][part.from_ : part.to]
@@ -89,8 +100,8 @@ def open_folder(root: str) -> Source:
             raise UsageError(f"The split {split!r} of the folder {root} is empty.")
         records = tf.data.Dataset.from_tensor_slices(
             {
-                "path": [os.fsencode(path) for path in paths],
-                "label": tf.constant(labels, tf.int64),
+                "path": tf.constant([os.fsencode(path) for path in paths])[begin:end],
+                "label": tf.constant(labels, tf.int64)[begin:end],
             }
         )
         if shuffle_seed is None:
@@ -108,7 +119,13 @@ def open_folder(root: str) -> Source:
             "id": record["path"],
         }
 
-    return Source(class_names=tuple(class_names), read=read, load=load)
+    return Source(
+        class_names=tuple(class_names),
+        read=read,
+        read_range=read_range,
+        load=load,
+        identify=lambda record: record["path"],
+    )
 
 
 def _find(root: str) -> tuple[dict[str, _Classes], collections.Counter[str]]:

@@ -1,9 +1,9 @@
 """Batches of uint8 images: shuffled for training, each example once for evaluation.
 
-The order of the records is a pure function of the seed and the epoch, and the random
-crop one of the seed, the example and the epoch. So a stream can be resumed anywhere,
-bit for bit, by skipping undecoded records of the current epoch. Every process reads
-its own, nearly equal, part of the split.
+The order of the records is a pure function of the seed and the epoch
+(``wf_vit.data.order``), and the random crop one of the seed, the example and the epoch.
+So a stream can be resumed anywhere, bit for bit, with any number of processes and any
+batch size, by skipping undecoded records of the current epoch.
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ from wf_vit.data import decode
 from wf_vit.data.config import DataConfig, DataInfo
 from wf_vit.data.digits import prepared_builder
 from wf_vit.data.folder_source import open_folder
+from wf_vit.data.order import Order, Share, count_groups
 from wf_vit.data.source import Record, Source
+from wf_vit.data.stream import shuffled_for_ever
 from wf_vit.data.tfds_source import builder_source, open_tfds
 from wf_vit.errors import UsageError
 
@@ -82,38 +84,42 @@ class Dataset:
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[Batch]:
-        """Yields training batches for ever.
+        """Yields this process's part of every training batch, for ever.
 
-        Every epoch uses each of this process's examples exactly once; a batch may
-        straddle two epochs, so none is dropped. Processes whose parts differ by one
-        example start their epochs at slightly different steps.
+        Every epoch uses each example exactly once; a batch may straddle two epochs, so
+        none is dropped. The batches do not depend on the number of processes.
 
         Args:
-          batch_size: B, examples a batch on this process.
+          batch_size: B, examples a batch over all P processes, a multiple of P.
           seed: of the order and the crops.
-          start: how many examples this process has taken already, in batches of any
+          start: how many examples all processes have taken already, in batches of any
             size; reads what this epoch has given so far again, but decodes none of it.
-          process_index: which part of the split to read.
-          process_count: how many parts there are.
+          process_index: whose part it is.
+          process_count: P.
 
         Yields:
-          ``image`` uint8 ``[B, height, width, 3]`` and ``label`` int32 ``[B]``.
+          ``image`` uint8 ``[B/P, height, width, 3]``, ``label`` int32 ``[B/P]`` and
+          ``place`` int32 ``[B/P]``, the index in the whole batch. Neighbours of the
+          whole batch, 2m and 2m + 1, are neighbours here if B is a multiple of 2P.
 
         Raises:
-          UsageError: the split is too small (at once), or an image cannot be decoded
-            (when its turn comes).
+          UsageError: the processes cannot share the batch (at once), or an image cannot
+            be decoded (when its turn comes).
         """
-        if self.info.num_examples["train"] < process_count:
+        if batch_size < 1 or batch_size % process_count:
             raise UsageError(
-                f"The split {self.config.train!r} has fewer examples than the "
-                f"{process_count} processes that share it: use a larger one."
+                f"The batch size is {batch_size}, which {process_count} processes "
+                f"cannot share evenly: choose a multiple of {process_count}."
             )
-        records = _shuffled_for_ever(
+        share = Share(batch_size, start, process_index, process_count)
+        num_examples = self.info.num_examples["train"]
+        records = shuffled_for_ever(
             self.source,
-            _part(self.config.train, process_index, process_count),
+            self.config.train,
+            Order(num_examples, count_groups(num_examples)),
+            share,
             seed=seed,
             buffer=self.config.shuffle_buffer,
-            start=start,
         )
         image = decode.train_view(self.config.view)
 
@@ -125,7 +131,11 @@ class Dataset:
                 "label": tf.cast(record["label"], tf.int32),
             }
 
-        return _decoded(self.source, records, example, batch_size, drop_remainder=True)
+        place = share.places.astype(np.int32)
+        batches = _decoded(
+            self.source, records, example, len(place), drop_remainder=True
+        )
+        return ({**batch, "place": place} for batch in batches)
 
     def eval_batches(
         self,
@@ -189,26 +199,6 @@ class Dataset:
 def _part(split: str, index: int, count: int) -> Any:
     """Returns one of ``count`` consecutive parts; the first ones are the largest."""
     return tfds.even_splits(split, count)[index]
-
-
-def _shuffled_for_ever(
-    source: Source, part: Any, *, seed: int, buffer: int, start: int
-) -> tf.data.Dataset:
-    """Returns the pairs (record, epoch seed) of all epochs from the ``start``-th on."""
-    first_epoch, offset = divmod(start, source.count(part))
-    run_seed = (seed % 2**31) << 32  # the epoch takes the low bits
-
-    # TensorFlow would try to rewrite TFDS's own code as a graph, and warn.
-    @tf.autograph.experimental.do_not_convert
-    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        epoch_seed = run_seed + epoch
-        records = source.read(part, epoch_seed).shuffle(
-            buffer, seed=epoch_seed, reshuffle_each_iteration=False
-        )
-        seeds = tf.data.Dataset.from_tensors(epoch_seed).repeat()
-        return tf.data.Dataset.zip(records, seeds)
-
-    return tf.data.Dataset.range(first_epoch, 2**32).flat_map(one_epoch).skip(offset)
 
 
 def _decoded(

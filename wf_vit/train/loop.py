@@ -173,9 +173,9 @@ class Run:
     def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
         """Yields this process's sharded batches, from any example of the run on."""
         batches = self.data.train_batches(
-            batch_size=self.batch_size // jax.process_count(),
+            batch_size=self.batch_size,
             seed=self.training.objective.seed,
-            start=examples_seen // jax.process_count(),
+            start=examples_seen,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

@@ -3,7 +3,7 @@
 They are jitted by ``parallel``, one shard of the batch per device, and reduce over
 the devices themselves. All randomness is folded from the seed, the step and the
 example's place in the global batch. So augmentation does not depend on the number of
-devices; stochastic depth, drawn per device and micro-batch, does.
+devices and processes; stochastic depth, drawn per device and micro-batch, does.
 """
 
 import dataclasses
@@ -61,7 +61,9 @@ def train_step(
 
     Args:
       state: before the update.
-      batch: this device's ``image`` uint8 [b, height, width, 3] and ``label`` [b].
+      batch: this device's ``image`` uint8 [b, height, width, 3], ``label`` [b] and,
+        optionally, ``place`` [b], the index in the global batch. Without it, devices
+        hold consecutive examples in their own order.
       teacher: parameters of ``objective.guidance.teacher``, if there is one.
       model: the model.
       optimizer: its optimizer.
@@ -76,7 +78,10 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     count = len(batch["label"])
-    keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
+    if "place" in batch:
+        keys = augment.keys_at(key, batch["place"])
+    else:
+        keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
     batch = {**batch, "key": keys}
 
     def gradient(micro: Batch) -> tuple[Params, Metrics]:
