@@ -109,7 +109,7 @@ def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch
             return source.read(split, None)
         seed = note(shuffle_seed, epochs)
         return source.read(split, seed).map(
-            lambda record: {**record, "index": note(record["index"], reads)}
+            lambda record: {**record, "number": note(record["number"], reads)}
         )
 
     def load(record):
@@ -117,7 +117,7 @@ def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch
         return {**record, "label": note(record["label"], decodes)}
 
     spy = dataclasses.replace(source, read=read, load=load)
-    monkeypatch.setattr(pipeline, "open_source", lambda name, data_dir: spy)
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: spy)
     digits.shuffle_buffer = 50
     next(dataset_of(digits).train_batches(batch_size=7, seed=5, start=180 * 7))
     assert [epoch - (5 << 32) for epoch in epochs] == [3]

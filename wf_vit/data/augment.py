@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from jaxtyping import Key as KeyArray
 
 from wf_vit.data.config import Augmentation
@@ -58,6 +58,7 @@ def augment_batch(
     *,
     num_classes: int,
     augmentation: Augmentation,
+    mask: Bool[Array, " B"] | None = None,
 ) -> tuple[Images, Float[Array, "B C"]]:
     """Flips, applies RandAugment, normalizes, erases and mixes.
 
@@ -67,6 +68,7 @@ def augment_batch(
       labels: class indices.
       num_classes: C.
       augmentation: what to do; static.
+      mask: false where there is no image, only zeros: its partner is not mixed.
 
     Returns:
       Normalized float32 images, and for each the probability of every class.
@@ -84,6 +86,9 @@ def augment_batch(
     weights = jax.vmap(lambda key: _own_weight(key, images.shape[1:3], augmentation))(
         keys
     )
+    if mask is not None:
+        partners = mask.reshape(-1, 2)[:, ::-1].reshape(-1)
+        weights = jnp.where(partners[:, None, None], weights, 1.0)
     share = jnp.mean(weights, axis=(1, 2))[:, None]
     return _mix(images, weights[..., None]), _mix(targets, share)
 

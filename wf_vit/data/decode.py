@@ -18,6 +18,44 @@ from wf_vit.errors import UsageError
 _Window = Callable[[tf.Tensor], tf.Tensor]
 
 _CROPS = ("resized", "pad", "none")
+_PAD_MODES = ("reflect", "constant")
+
+
+def check_view(view: View) -> None:
+    """Checks the settings of the view together, before any image is read.
+
+    Raises:
+      UsageError: one is out of range; the message names it.
+    """
+    known = vars(tf.image.ResizeMethod).items()
+    methods = [value for name, value in known if not name.startswith("_")]
+    wrong = {
+        "image_size": (min(view.image_size) >= 1, "at least 1 pixel on each side"),
+        "crop": (view.crop in _CROPS, f"one of {_CROPS}"),
+        "min_area": (
+            0 < view.min_area <= 1,
+            "more than 0 and at most 1: a share of the image",
+        ),
+        "pad": (view.pad >= 0, "0 pixels or more"),
+        "pad_mode": (view.pad_mode in _PAD_MODES, f"one of {_PAD_MODES}"),
+        "eval_resize": (
+            0 < view.eval_resize <= 1,
+            "more than 0 and at most 1: a share of the largest central window",
+        ),
+        "resize_method": (view.resize_method in methods, f"one of {methods}"),
+    }
+    for name, (is_right, expected) in wrong.items():
+        if not is_right:
+            raise UsageError(
+                f"config.data.{name} is {getattr(view, name)!r}, expected {expected}."
+            )
+    mirrors = view.crop == "pad" and view.pad_mode == "reflect"
+    if mirrors and view.pad >= min(view.image_size):
+        raise UsageError(
+            f"config.data.pad is {view.pad}, but images of {view.image_size} pixels "
+            f"have at most {min(view.image_size) - 1} to reflect on each side: set it "
+            "to that or less, or config.data.pad_mode='constant'."
+        )
 
 
 def train_view(view: View) -> Callable:
@@ -29,15 +67,8 @@ def train_view(view: View) -> Callable:
     Returns:
       ``(data, seed) -> image``: encoded bytes and an int64 ``[2]`` seed in, uint8
       ``[height, width, 3]`` out.
-
-    Raises:
-      UsageError: ``view.crop`` is unknown.
     """
     size = view.image_size
-    if view.crop not in _CROPS:
-        raise UsageError(
-            f"config.data.crop is {view.crop!r}, expected one of {_CROPS}."
-        )
 
     def resized(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         def window(shape: tf.Tensor) -> tf.Tensor:

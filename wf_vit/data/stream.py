@@ -10,11 +10,27 @@ from wf_vit.data.source import Source
 # Of a run. They are the low bits of seeds, and the number of the group lies above.
 _EPOCH_BITS = 24
 
+# A stamp is a number within an epoch; the epoch lies above these bits. To repeat the
+# seed of the epoch would take longer than to read the record.
+_STAMP_BITS = 38
+
+
+def epoch_seed(seed: int, epoch: int | tf.Tensor) -> int | tf.Tensor:
+    """Returns the seed of an epoch: int64, made of both."""
+    return ((seed % 2**31) << 32) + epoch
+
+
+def epoch_of(stamp: tf.Tensor) -> tf.Tensor:
+    """Returns the epoch of a stamp."""
+    return stamp // 2**_STAMP_BITS
+
 
 def shuffled_for_ever(
     source: Source, split: str, order: Order, share: Share, *, seed: int, buffer: int
 ) -> tf.data.Dataset:
-    """Returns the pairs (record, epoch seed) that a process takes, of all epochs.
+    """Returns the pairs (record, stamp) that a process takes, of all epochs.
+
+    ``epoch_of(stamp)`` is the epoch.
 
     Args:
       source: of the records.
@@ -24,7 +40,6 @@ def shuffled_for_ever(
       seed: of the order.
       buffer: records to shuffle from, over all groups.
     """
-    run_seed = (seed % 2**31) << 32  # the group and the epoch take the low bits
     buffer = math.ceil(buffer / order.num_groups)
     whole = share.reads_all_of(order)
 
@@ -35,7 +50,7 @@ def shuffled_for_ever(
 
         It begins with ``half`` records too many, 0 or 1, which fill its first turn.
         """
-        group_seed = run_seed + group * 2**_EPOCH_BITS + epoch
+        group_seed = epoch_seed(seed, group * 2**_EPOCH_BITS + epoch)
         if order.num_groups == 1:
             records = source.read(split, group_seed)
         else:
@@ -51,7 +66,7 @@ def shuffled_for_ever(
             records = records.take(half).concatenate(records)
         if whole:
             return records
-        ranks = tf.data.Dataset.counter(-tf.cast(half, tf.int64))
+        ranks = tf.data.Dataset.range(-tf.cast(half, tf.int64), order.num_examples)
         positions = ranks.map(lambda rank: order.position(epoch, group, rank))
         return tf.data.Dataset.zip(records, positions)
 
@@ -82,8 +97,9 @@ def shuffled_for_ever(
         if not whole:
             records = records.filter(lambda _, position: share.owns(position))
             records = records.map(lambda record, _: record)
-        seeds = tf.data.Dataset.from_tensors(run_seed + epoch).repeat()
-        return tf.data.Dataset.zip(records, seeds)
+        first = epoch * 2**_STAMP_BITS
+        stamps = tf.data.Dataset.range(first, first + 2**_STAMP_BITS)
+        return tf.data.Dataset.zip(records, stamps)
 
     first_epoch = share.start // order.num_examples
     epochs = tf.data.Dataset.range(first_epoch, 2**_EPOCH_BITS)

@@ -114,7 +114,9 @@ def builder_source(
         }
 
     def identify(record: Record) -> tf.Tensor:
-        return record["tfds_id"] if "tfds_id" in record else records.identity(record)
+        if "tfds_id" in record:
+            return record["tfds_id"]
+        return records.identity(record["number"], records.file_names(builder))
 
     def check(splits: Iterable[Any]) -> None:
         if builder.is_prepared():

@@ -182,7 +182,10 @@ class Run:
         return map(parallel.shard, batches)
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once."""
+        """Returns ``<split>/top1`` and ``<split>/loss``, every example counted once.
+
+        With ``config.data.on_error="skip"`` ``<split>/skipped`` counts those left out.
+        """
         metrics = {}
         for split in self.data.config.eval:
             batches = self.data.eval_batches(
@@ -196,8 +199,16 @@ class Run:
             for batch in batches:
                 sums = self._eval_step(params, parallel.shard(batch))
                 totals.update({k: float(v) for k, v in sums.items()})
+            if not totals["count"]:
+                raise UsageError(
+                    f"No example of the split {split!r} of config.data.eval can be "
+                    "read: repair the data set, or remove the split."
+                )
             for name in ("top1", "loss"):
                 metrics[f"{split}/{name}"] = totals[name] / totals["count"]
+            if self.data.config.on_error == "skip":
+                skipped = self.data.info.num_examples[split] - totals["count"]
+                metrics[f"{split}/skipped"] = skipped
         return metrics
 
     @functools.cached_property
@@ -350,7 +361,10 @@ class _Window:
           NonFiniteLossError: a loss, a gradient or an update was not finite.
         """
         rows = self._fetch()
-        means = {f"train/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
+        totals = {k: float(np.sum([r[k] for r in rows])) for k in rows[0]}
+        means = {f"train/{k}": v / len(rows) for k, v in totals.items()}
+        if "skipped" in totals:  # A count, and no mean.
+            means["train/skipped"] = totals["skipped"]
         seconds = time.perf_counter() - self._start
         means["train/images_per_second"] = len(rows) * self._batch_size / seconds
         self._metrics = {}

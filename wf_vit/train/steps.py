@@ -20,6 +20,7 @@ from wf_vit.data.config import Augmentation
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
 from wf_vit.train import guidance as guiding
+from wf_vit.train.masks import mean_over, weights_of
 from wf_vit.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -62,8 +63,9 @@ def train_step(
     Args:
       state: before the update.
       batch: this device's ``image`` uint8 [b, height, width, 3], ``label`` [b] and,
-        optionally, ``place`` [b], the index in the global batch. Without it, devices
-        hold consecutive examples in their own order.
+        optionally, ``place`` [b], the index in the global batch (without it, devices
+        hold consecutive examples in their own order) and ``mask`` bool [b], false
+        where an example could not be read and counts for nothing.
       teacher: parameters of ``objective.guidance.teacher``, if there is one.
       model: the model.
       optimizer: its optimizer.
@@ -74,7 +76,9 @@ def train_step(
       The state after it, and metrics over the global batch: ``loss``, ``top1`` (on
       the augmented images, against the largest label), ``gradient_norm`` before
       clipping, ``update_norm``, and ``field_area`` for models with fields; with
-      guidance also those of ``guidance.guide``.
+      guidance also those of ``guidance.guide``, and with a mask ``skipped``, how many
+      examples it leaves out. The others are means over those that are left, and 0 if
+      there are none.
     """
     key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     count = len(batch["label"])
@@ -83,6 +87,8 @@ def train_step(
     else:
         keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
     batch = {**batch, "key": keys}
+    if "mask" in batch:
+        batch["weight"] = weights_of(batch["mask"], axis)
 
     def gradient(micro: Batch) -> tuple[Params, Metrics]:
         loss = partial(
@@ -98,6 +104,9 @@ def train_step(
 
     gradients, metrics = _accumulate(gradient, batch, objective.accumulate_steps)
     gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
+    if "mask" in batch:
+        missing = jnp.sum(~batch["mask"], dtype=jnp.float32)
+        metrics["skipped"] = jax.lax.psum(missing, axis)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics["update_norm"] = optax.tree.norm(updates)
@@ -132,7 +141,9 @@ def _loss(
         micro["label"],
         num_classes=model.num_classes,
         augmentation=objective.augmentation,
+        mask=micro.get("mask"),
     )
+    weights = micro.get("weight")
     drop_path_key = jax.random.fold_in(micro["key"][0], 2)
     guidance = objective.guidance
     logits, out = model.apply(
@@ -142,13 +153,14 @@ def _loss(
         record=guidance is not None and guidance.match == "attention",
         rngs={"drop_path": drop_path_key},
     )
-    loss = optax.softmax_cross_entropy(
+    losses = optax.softmax_cross_entropy(
         logits, optax.smooth_labels(labels, objective.label_smoothing)
-    ).mean()
-    hits = logits.argmax(-1) == labels.argmax(-1)
-    metrics = {"loss": loss, "top1": hits.mean(dtype=jnp.float32)}
+    )
+    loss = mean_over(losses, weights)
+    hits = (logits.argmax(-1) == labels.argmax(-1)).astype(jnp.float32)
+    metrics = {"loss": loss, "top1": mean_over(hits, weights)}
     if out["fields"]:
-        areas = [fields.area().mean() for fields in out["fields"].values()]
+        areas = [mean_over(f.area(), weights) for f in out["fields"].values()]
         metrics["field_area"] = jnp.stack(areas).mean()
     if guidance is None:
         return loss, metrics
@@ -162,6 +174,7 @@ def _loss(
         student=model,
         mean=objective.augmentation.mean,
         std=objective.augmentation.std,
+        weights=weights,
     )
     return loss + extra, {**metrics, **guidance_metrics}
 
