@@ -53,7 +53,9 @@ def test_batches_have_the_stated_form(digits):
     with digits.ignore_type():
         digits.image_size = (12, 20)
     batch = next(dataset_of(digits).train_batches(batch_size=5, seed=0))
-    assert batch.keys() == {"image", "label"}
+    assert batch.keys() == {"image", "label", "place"}
+    assert batch["place"].dtype == np.int32
+    assert batch["place"].tolist() == [0, 1, 2, 3, 4]
     assert (batch["image"].shape, batch["image"].dtype) == ((5, 12, 20, 3), np.uint8)
     assert (batch["label"].shape, batch["label"].dtype) == ((5,), np.int32)
 
@@ -107,7 +109,7 @@ def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch
             return source.read(split, None)
         seed = note(shuffle_seed, epochs)
         return source.read(split, seed).map(
-            lambda record: {**record, "label": note(record["label"], reads)}
+            lambda record: {**record, "number": note(record["number"], reads)}
         )
 
     def load(record):
@@ -115,25 +117,13 @@ def test_resume_reads_one_epoch_and_decodes_nothing_it_skips(digits, monkeypatch
         return {**record, "label": note(record["label"], decodes)}
 
     spy = dataclasses.replace(source, read=read, load=load)
-    monkeypatch.setattr(pipeline, "open_source", lambda name, data_dir: spy)
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: spy)
     digits.shuffle_buffer = 50
     next(dataset_of(digits).train_batches(batch_size=7, seed=5, start=180 * 7))
     assert [epoch - (5 << 32) for epoch in epochs] == [3]
     skipped = 180 * 7 - 3 * TRAIN
     assert skipped + 7 <= len(reads) < TRAIN
     assert 7 <= len(decodes) < skipped  # the batch, and what is prefetched after it
-
-
-def test_processes_share_an_epoch_and_crops_do_not_depend_on_them(digits):
-    digits.crop = "resized"
-    (whole,) = _epochs(digits, 1, seed=0)
-    shares = []
-    for index, size in enumerate([120, 119, 119]):
-        batches = dataset_of(digits).train_batches(
-            batch_size=100, seed=0, process_index=index, process_count=3
-        )
-        shares += _examples(_take(batches, 2), size)
-    assert collections.Counter(shares) == collections.Counter(whole)
 
 
 def test_crops_change_with_epoch_and_seed(digits):
@@ -189,12 +179,6 @@ def test_evaluation_with_more_processes_than_examples(digits):
     assert masks == [[[True, False]], [[True, False]], [[False, False]]]
 
 
-def test_training_with_more_processes_than_examples_is_refused(digits):
-    digits.train = "train[:2]"
-    with pytest.raises(UsageError, match="fewer examples than the 3 processes"):
-        dataset_of(digits).train_batches(batch_size=1, seed=0, process_count=3)
-
-
 def test_wrong_settings_are_refused_at_once(digits):
     with pytest.raises(UsageError, match=r"no split 'val'.*'test'"):
         dataset_of(digits).eval_batches("val", batch_size=4)
@@ -231,7 +215,7 @@ def test_mocked_imagenet(digits, policy):
         batches = dataset_of(digits).train_batches(
             batch_size=8, seed=0, start=16, process_count=2
         )
-        assert [b["image"].shape for b in _take(batches, 3)] == [(8, 8, 8, 3)] * 3
+        assert [b["image"].shape for b in _take(batches, 3)] == [(4, 8, 8, 3)] * 3
         masks = [
             batch["mask"].sum()
             for batch in dataset_of(digits).eval_batches("minival", batch_size=8)

@@ -2,15 +2,15 @@
 
 Pure JAX, to be called inside a jitted step. Everything is drawn per image from that
 image's own key, and images are mixed in fixed pairs of neighbours of the batch. So as
-long as every device holds an even number of consecutive images, the result does not
-depend on how many devices share the batch, and no image crosses devices.
+long as every device holds whole pairs, the result does not depend on how many devices
+and processes share the batch, and no image crosses devices.
 """
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from jaxtyping import Key as KeyArray
 
 from wf_vit.data.config import Augmentation
@@ -34,8 +34,12 @@ def example_keys(
       offset: index of this device's first image in the global batch.
       count: how many images this device holds.
     """
-    indices = offset + jnp.arange(count)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+    return keys_at(key, offset + jnp.arange(count))
+
+
+def keys_at(key: Key, places: Int[Array, " B"]) -> KeyArray[Array, " B"]:
+    """Returns the keys of images by their places in the global batch."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 
 
 def normalize(
@@ -54,6 +58,7 @@ def augment_batch(
     *,
     num_classes: int,
     augmentation: Augmentation,
+    mask: Bool[Array, " B"] | None = None,
 ) -> tuple[Images, Float[Array, "B C"]]:
     """Flips, applies RandAugment, normalizes, erases and mixes.
 
@@ -63,6 +68,7 @@ def augment_batch(
       labels: class indices.
       num_classes: C.
       augmentation: what to do; static.
+      mask: false where there is no image, only zeros: its partner is not mixed.
 
     Returns:
       Normalized float32 images, and for each the probability of every class.
@@ -80,6 +86,9 @@ def augment_batch(
     weights = jax.vmap(lambda key: _own_weight(key, images.shape[1:3], augmentation))(
         keys
     )
+    if mask is not None:
+        partners = mask.reshape(-1, 2)[:, ::-1].reshape(-1)
+        weights = jnp.where(partners[:, None, None], weights, 1.0)
     share = jnp.mean(weights, axis=(1, 2))[:, None]
     return _mix(images, weights[..., None]), _mix(targets, share)
 

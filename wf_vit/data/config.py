@@ -1,6 +1,7 @@
 """Every setting of the data, in one place: the config's keys and what they become."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from ml_collections import ConfigDict
 from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.settings import LARGEST_COUNT, setting
+
+# What to do with examples that cannot be read; the first is the default.
+ON_ERROR = ("stop", "skip")
 
 Size = tuple[int, int]
 Triple = tuple[float, float, float]
@@ -172,9 +176,17 @@ class DataConfig:
     )
     shuffle_buffer: int = setting(
         50_000,
-        "undecoded records held by each process to shuffle from, on top of the files'",
+        "undecoded records held to shuffle from, over all processes, on top of the "
+        "files'; large sets are shuffled in up to 16 groups, each with its part of them",
         low=1,
         high=LARGEST_COUNT,
+    )
+    on_error: str = setting(
+        "stop",
+        "what to do with an example that cannot be read or decoded, or has no class: "
+        "stop with an error that names it, or skip it, which keeps its place in the "
+        "order, counts for nothing, and is counted (train/examples_skipped)",
+        choices=ON_ERROR,
     )
     view: View = View()
     augment: Augmentation = Augmentation()
@@ -192,6 +204,11 @@ class DataConfig:
         view = View(**seen | {"image_size": size})
         augment = Augmentation(**options.pop("augment"))
         return cls(**options, view=view, augment=augment)
+
+
+def printable(name: str | bytes) -> str:
+    """Returns the name of a file as text that can be printed, whatever its bytes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 _VIEW = dataclasses.fields(View)

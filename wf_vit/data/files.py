@@ -24,11 +24,19 @@ SUFFIXES = (
 
 
 class Entry(NamedTuple):
-    """What a folder holds: a name, whether it is a folder, and whether it is a link."""
+    """What a folder holds.
+
+    Attributes:
+      name: of the entry.
+      is_folder: whether it is a folder, or a link to one, whatever its name.
+      is_link: whether it is a link.
+      leads_nowhere: whether it is a link to what is not there, or to itself.
+    """
 
     name: str
     is_folder: bool
     is_link: bool
+    leads_nowhere: bool = False
 
 
 class Found(NamedTuple):
@@ -36,10 +44,12 @@ class Found(NamedTuple):
 
     Attributes:
       images: their paths, relative to the folder, with "/" between names; sorted.
+      lost: likewise, links that lead nowhere, named like images or folders.
       left_out: how many entries are left out, by the reason.
     """
 
     images: list[str]
+    lost: list[str]
     left_out: collections.Counter[str]
 
 
@@ -62,6 +72,7 @@ def find_images(
     """
     entries = local_entries if entries is None else entries
     images: list[str] = []
+    lost: list[str] = []
     left_out: collections.Counter[str] = collections.Counter()
     read = {os.path.realpath(root)}
     links: list[str] = []
@@ -80,6 +91,8 @@ def find_images(
                 reason = reason_to_leave_out(entry)
                 if _join(root, path) in leave_out:
                     left_out["folder of results"] += 1
+                elif is_lost(entry):
+                    lost.append(path)
                 elif reason:
                     left_out[reason] += 1
                 elif not entry.is_folder:
@@ -103,13 +116,20 @@ def find_images(
         else:
             read.add(real)
             look_into(link)
-    return Found(sorted(images), left_out)
+    return Found(sorted(images), sorted(lost), left_out)
 
 
 def local_entries(folder: str) -> list[Entry]:
-    """Lists a folder of this machine; a broken link is a file."""
+    """Lists a folder of this machine; a link that leads nowhere is a file."""
     with os.scandir(folder) as found:
-        return [Entry(e.name, e.is_dir(), e.is_symlink()) for e in found]
+        return [_local_entry(entry) for entry in found]
+
+
+def _local_entry(entry: os.DirEntry) -> Entry:
+    is_link = entry.is_symlink()
+    # `is_dir` raises if a link leads to itself.
+    nowhere = is_link and not os.path.exists(entry.path)
+    return Entry(entry.name, not nowhere and entry.is_dir(), is_link, nowhere)
 
 
 def left_out_text(left_out: collections.Counter[str]) -> str:
@@ -127,6 +147,13 @@ def reason_to_leave_out(entry: Entry) -> str:
     if entry.is_folder or entry.name.lower().endswith(SUFFIXES):
         return ""
     return os.path.splitext(entry.name)[1].lower() or "without a suffix"
+
+
+def is_lost(entry: Entry) -> bool:
+    """Says whether an image or a folder was here: a link that leads nowhere now."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    hidden = entry.name.startswith(".")
+    return entry.leads_nowhere and not hidden and suffix in ("", *SUFFIXES)
 
 
 def _holds(folder: str, other: str) -> bool:

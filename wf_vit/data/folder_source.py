@@ -7,6 +7,7 @@ split arithmetic is applied to it.
 
 import collections
 import hashlib
+import itertools
 import logging
 import os
 import posixpath
@@ -16,6 +17,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from wf_vit.data import files
+from wf_vit.data.config import ON_ERROR, printable
 from wf_vit.data.source import Record, Source
 from wf_vit.errors import UsageError
 
@@ -41,7 +43,7 @@ _SPLIT_NAMES = {
 _Classes = dict[str, list[str]]
 
 
-def open_folder(root: str) -> Source:
+def open_folder(root: str, on_error: str = ON_ERROR[0]) -> Source:
     """Opens a folder of images.
 
     Classes are the sorted names of the class folders; folders in them, links included,
@@ -53,14 +55,26 @@ def open_folder(root: str) -> Source:
 
     Args:
       root: the folder; gs:// paths work too.
+      on_error: one of ``ON_ERROR``; "skip" leaves out links that lead nowhere.
 
     Raises:
-      UsageError: the folder is missing, has no images, has a class without images or
-        images in a format that cannot be decoded.
+      UsageError: the folder is missing, has no images, has a class without images,
+        links that lead nowhere or images in a format that cannot be decoded.
     """
-    if not root or not tf.io.gfile.isdir(root):
-        raise UsageError(f"The folder of images {root!r} does not exist: {_LAYOUT}.")
-    splits, left_out = _find(root)
+    is_folder = tf.io.gfile.isdir if "://" in root else os.path.isdir
+    if not root or not is_folder(root):
+        raise UsageError(
+            f"The folder of images '{printable(root)}' does not exist: {_LAYOUT}."
+        )
+    splits, lost, left_out = _find(root)
+    if lost and on_error == ON_ERROR[0]:
+        raise UsageError(
+            f"{len(lost)} links in the folder {printable(root)} lead nowhere, such as "
+            f"{printable(lost[0])}: restore what they lead to, remove them, or set "
+            "config.data.on_error='skip' to leave them out."
+        )
+    left_out["link that leads nowhere"] += len(lost)
+    left_out = +left_out
     _check(root, splits)
     class_names = sorted({name for classes in splits.values() for name in classes})
     examples = {
@@ -70,7 +84,7 @@ def open_folder(root: str) -> Source:
         "Used %d images of %d classes in %s; left out: %s.",
         sum(len(paths) for paths, _ in examples.values()),
         len(class_names),
-        root,
+        printable(root),
         files.left_out_text(left_out),
     )
     infos = tfds.core.SplitDict(
@@ -81,16 +95,29 @@ def open_folder(root: str) -> Source:
     )
 
     def read(split: Any, shuffle_seed: tf.Tensor | None) -> tf.data.Dataset:
+        return read_range(split, 0, None, shuffle_seed)
+
+    def read_range(
+        split: Any,
+        begin: int | tf.Tensor,
+        end: int | tf.Tensor | None,
+        shuffle_seed: tf.Tensor | None,
+        *,
+        groups: int = 1,
+    ) -> tf.data.Dataset:
+        del groups
         paths, labels = [], []
         for part in _slices(split, infos, root):
             paths += examples[part.splitname][0][part.from_ : part.to]
             labels += examples[part.splitname][1][part.from_ : part.to]
         if not paths:
-            raise UsageError(f"The split {split!r} of the folder {root} is empty.")
+            raise UsageError(
+                f"The split {split!r} of the folder {printable(root)} is empty."
+            )
         records = tf.data.Dataset.from_tensor_slices(
             {
-                "path": [os.fsencode(path) for path in paths],
-                "label": tf.constant(labels, tf.int64),
+                "path": tf.constant([os.fsencode(path) for path in paths])[begin:end],
+                "label": tf.constant(labels, tf.int64)[begin:end],
             }
         )
         if shuffle_seed is None:
@@ -101,22 +128,32 @@ def open_folder(root: str) -> Source:
         )
 
     def load(record: Record) -> Record:
-        path = tf.strings.join([root.rstrip("/"), record["path"]], "/")
+        folder = os.fsencode(root.rstrip("/"))
+        path = tf.strings.join([folder, record["path"]], "/")
         return {
             "image": tf.io.read_file(path),
             "label": record["label"],
             "id": record["path"],
         }
 
-    return Source(class_names=tuple(class_names), read=read, load=load)
+    return Source(
+        class_names=tuple(class_names),
+        read=read,
+        read_range=read_range,
+        load=load,
+        identify=lambda record: record["path"],
+    )
 
 
-def _find(root: str) -> tuple[dict[str, _Classes], collections.Counter[str]]:
-    """Returns the images of every class of every split, and what is left out."""
+def _find(
+    root: str,
+) -> tuple[dict[str, _Classes], list[str], collections.Counter[str]]:
+    """Returns the images of every class of every split, what is lost and left out."""
     left_out: collections.Counter[str] = collections.Counter()
     top = _listed(root)
     below = {name: _listed(posixpath.join(root, name)) for name in _folders(top)}
     left_out += _outside(top)
+    lost = _lost("", top)
     has_images = any(map(_images, below.values()))
     named_splits = {name.lower() for name in below} <= _SPLIT_NAMES
     nested = any(map(_folders, below.values()))
@@ -128,16 +165,18 @@ def _find(root: str) -> tuple[dict[str, _Classes], collections.Counter[str]]:
             for split, entries in below.items()
         }
         left_out += sum(map(_outside, below.values()), collections.Counter())
+        lost += itertools.chain(*itertools.starmap(_lost, below.items()))
     splits: dict[str, _Classes] = {}
     for split, classes in folders.items():
         for name, folder in classes.items():
             found = files.find_images(posixpath.join(root, folder), entries=_listed)
             _check_formats(posixpath.join(root, folder), found.left_out)
             left_out += found.left_out
+            lost += [posixpath.join(folder, path) for path in found.lost]
             splits.setdefault(split, {})[name] = [
                 posixpath.join(folder, path) for path in found.images
             ]
-    return splits, left_out
+    return splits, lost, left_out
 
 
 def _listed(folder: str) -> list[files.Entry]:
@@ -163,13 +202,20 @@ def _folders(entries: list[files.Entry]) -> list[str]:
 
 def _images(entries: list[files.Entry]) -> list[str]:
     return [
-        e.name for e in entries if not e.is_folder and not files.reason_to_leave_out(e)
+        e.name
+        for e in entries
+        if not (e.is_folder or files.is_lost(e) or files.reason_to_leave_out(e))
     ]
+
+
+def _lost(folder: str, entries: list[files.Entry]) -> list[str]:
+    return [posixpath.join(folder, e.name) for e in entries if files.is_lost(e)]
 
 
 def _outside(entries: list[files.Entry]) -> collections.Counter[str]:
     """Counts what lies beside the folders of classes, by the reason to leave it out."""
-    reasons = map(files.reason_to_leave_out, entries)
+    kept = [entry for entry in entries if not files.is_lost(entry)]
+    reasons = map(files.reason_to_leave_out, kept)
     count = collections.Counter(reason for reason in reasons if reason)
     count["outside of a class"] = len(_images(entries))
     return +count
@@ -179,21 +225,24 @@ def _check_formats(folder: str, left_out: collections.Counter[str]) -> None:
     wrong = {suffix: left_out[suffix] for suffix in _UNREADABLE if left_out[suffix]}
     if wrong:
         raise UsageError(
-            f"{folder} has {sum(wrong.values())} images that cannot be decoded "
-            f"({', '.join(wrong)}): convert them to one of "
+            f"{printable(folder)} has {sum(wrong.values())} images that cannot be "
+            f"decoded ({', '.join(wrong)}): convert them to one of "
             f"{', '.join(files.SUFFIXES)}, or move them away."
         )
 
 
 def _check(root: str, splits: dict[str, _Classes]) -> None:
     if not splits:
-        raise UsageError(f"The folder {root} has no class with images: {_LAYOUT}.")
+        raise UsageError(
+            f"The folder {printable(root)} has no class with images: {_LAYOUT}."
+        )
     for split, classes in splits.items():
         empty = [name for name, paths in classes.items() if not paths]
         if empty:
             raise UsageError(
-                f"{len(empty)} classes of the folder {root} (split {split!r}) have no "
-                f"images ({', '.join(files.SUFFIXES)}), such as {empty[0]!r}: "
+                f"{len(empty)} classes of the folder {printable(root)} (split "
+                f"'{printable(split)}') have no images ({', '.join(files.SUFFIXES)}), "
+                f"such as '{printable(empty[0])}': "
                 f"{_LAYOUT}. Add images or remove the folders."
             )
 
@@ -223,7 +272,7 @@ def _slices(split: Any, infos: tfds.core.SplitDict, root: str) -> list:
         return split.to_absolute(infos)
     except (NotImplementedError, ValueError) as error:
         raise UsageError(
-            f"The folder {root} cannot read the split {split!r}: {error} It has the "
-            f"splits {sorted(infos)}; set config.data.train and config.data.eval to "
-            "specifications of these, such as 'train[:80%]'."
+            f"The folder {printable(root)} cannot read the split {split!r}: {error} It "
+            f"has the splits {sorted(infos)}; set config.data.train and "
+            "config.data.eval to specifications of these, such as 'train[:80%]'."
         ) from error

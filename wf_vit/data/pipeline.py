@@ -1,9 +1,9 @@
 """Batches of uint8 images: shuffled for training, each example once for evaluation.
 
-The order of the records is a pure function of the seed and the epoch, and the random
-crop one of the seed, the example and the epoch. So a stream can be resumed anywhere,
-bit for bit, by skipping undecoded records of the current epoch. Every process reads
-its own, nearly equal, part of the split.
+The order of the records is a pure function of the seed and the epoch
+(``wf_vit.data.order``), and the random crop one of the seed, the example and the epoch.
+So a stream can be resumed anywhere, bit for bit, with any number of processes and any
+batch size, by skipping undecoded records of the current epoch.
 """
 
 import dataclasses
@@ -16,27 +16,28 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from wf_vit.data import decode
-from wf_vit.data.config import DataConfig, DataInfo
+from wf_vit.data.config import ON_ERROR, DataConfig, DataInfo
 from wf_vit.data.digits import prepared_builder
+from wf_vit.data.examples import Batch, Reading
 from wf_vit.data.folder_source import open_folder
+from wf_vit.data.order import Order, Share, count_groups
 from wf_vit.data.source import Record, Source
+from wf_vit.data.stream import epoch_of, epoch_seed, shuffled_for_ever
 from wf_vit.data.tfds_source import builder_source, open_tfds
 from wf_vit.errors import UsageError
 
-Batch = dict[str, np.ndarray]
 
-
-def open_source(name: str, data_dir: str) -> Source:
-    """Opens what ``config.data.name`` and ``config.data.data_dir`` say.
+def open_source(name: str, data_dir: str, on_error: str = ON_ERROR[0]) -> Source:
+    """Opens what ``config.data.name``, ``data_dir`` and ``on_error`` say.
 
     Raises:
       UsageError: there is no such data set, or it cannot be read.
     """
     if name == "folder":
-        return open_folder(data_dir)
+        return open_folder(data_dir, on_error)
     if name == "digits":
-        return builder_source(prepared_builder(data_dir))
-    return open_tfds(name, data_dir)
+        return builder_source(prepared_builder(data_dir), on_error)
+    return open_tfds(name, data_dir, on_error)
 
 
 def open_dataset(config: DataConfig) -> "Dataset":
@@ -46,11 +47,16 @@ def open_dataset(config: DataConfig) -> "Dataset":
       config: what to read and how.
 
     Raises:
-      UsageError: the data set is unknown or not prepared, or a split or the crop is
-        wrong.
+      UsageError: the data set is unknown or not prepared, a split or the crop is
+        wrong, or files are missing.
     """
-    source = open_source(config.name, config.data_dir)
+    if config.on_error not in ON_ERROR:
+        raise UsageError(
+            f"config.data.on_error is {config.on_error!r}, expected one of {ON_ERROR}."
+        )
+    source = open_source(config.name, config.data_dir, config.on_error)
     splits = {**config.eval, "train": config.train}
+    source.check(splits.values())
     info = DataInfo(
         class_names=source.class_names,
         num_examples={label: source.count(split) for label, split in splits.items()},
@@ -82,50 +88,64 @@ class Dataset:
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[Batch]:
-        """Yields training batches for ever.
+        """Yields this process's part of every training batch, for ever.
 
-        Every epoch uses each of this process's examples exactly once; a batch may
-        straddle two epochs, so none is dropped. Processes whose parts differ by one
-        example start their epochs at slightly different steps.
+        Every epoch uses each example exactly once; a batch may straddle two epochs, so
+        none is dropped. The batches do not depend on the number of processes.
 
         Args:
-          batch_size: B, examples a batch on this process.
+          batch_size: B, examples a batch over all P processes, a multiple of P.
           seed: of the order and the crops.
-          start: how many examples this process has taken already, in batches of any
+          start: how many examples all processes have taken already, in batches of any
             size; reads what this epoch has given so far again, but decodes none of it.
-          process_index: which part of the split to read.
-          process_count: how many parts there are.
+          process_index: whose part it is.
+          process_count: P.
 
         Yields:
-          ``image`` uint8 ``[B, height, width, 3]`` and ``label`` int32 ``[B]``.
+          ``image`` uint8 ``[B/P, height, width, 3]``, ``label`` int32 ``[B/P]`` and
+          ``place`` int32 ``[B/P]``, the index in the whole batch. Neighbours of the
+          whole batch, 2m and 2m + 1, are neighbours here if B is a multiple of 2P.
+          With ``config.on_error="skip"`` also ``mask`` bool ``[B/P]``, false where an
+          example could not be read: its image and label are 0.
 
         Raises:
-          UsageError: the split is too small (at once), or an image cannot be decoded
-            (when its turn comes).
+          UsageError: the processes cannot share the batch (at once), or an example
+            cannot be read (when its turn comes).
         """
-        if self.info.num_examples["train"] < process_count:
+        if batch_size < 1 or batch_size % process_count:
             raise UsageError(
-                f"The split {self.config.train!r} has fewer examples than the "
-                f"{process_count} processes that share it: use a larger one."
+                f"The batch size is {batch_size}, which {process_count} processes "
+                f"cannot share evenly: choose a multiple of {process_count}."
             )
-        records = _shuffled_for_ever(
-            self.source,
-            _part(self.config.train, process_index, process_count),
-            seed=seed,
-            buffer=self.config.shuffle_buffer,
-            start=start,
-        )
+        share = Share(batch_size, start, process_index, process_count)
+        num_examples = self.info.num_examples["train"]
+        order = Order(num_examples, count_groups(num_examples))
+
+        def records_after(batches: int) -> tf.data.Dataset:
+            return shuffled_for_ever(
+                self.source,
+                self.config.train,
+                order,
+                dataclasses.replace(share, start=start + batches * batch_size),
+                seed=seed,
+                buffer=self.config.shuffle_buffer,
+            )
+
         image = decode.train_view(self.config.view)
 
-        def example(record: Record, epoch_seed: tf.Tensor) -> Record:
+        def example(record: Record, stamp: tf.Tensor) -> Record:
             record = self.source.load(record)
-            seed = [tf.strings.to_hash_bucket_fast(record["id"], 2**63 - 1), epoch_seed]
+            name = tf.strings.to_hash_bucket_fast(record["id"], 2**63 - 1)
+            crop_seed = tf.stack([name, epoch_seed(seed, epoch_of(stamp))])
             return {
-                "image": image(record["image"], tf.stack(seed)),
+                "image": image(record["image"], crop_seed),
                 "label": tf.cast(record["label"], tf.int32),
             }
 
-        return _decoded(self.source, records, example, batch_size, drop_remainder=True)
+        place = share.places.astype(np.int32)
+        reading = self._reading(self.config.train, example)
+        batches = reading.batches(records_after, len(place), drop_remainder=True)
+        return ({**batch, "place": place} for batch in batches)
 
     def eval_batches(
         self,
@@ -147,10 +167,11 @@ class Dataset:
 
         Yields:
           ``image`` uint8 ``[B, height, width, 3]``, ``label`` int32 ``[B]`` and
-          ``mask`` bool ``[B]``, false where an example is padding.
+          ``mask`` bool ``[B]``, false where an example is padding, or could not be
+          read (``DataConfig.on_error``).
 
         Raises:
-          UsageError: there is no such label, or an image cannot be decoded.
+          UsageError: there is no such label, or an example cannot be read.
         """
         if label not in self.config.eval:
             raise UsageError(
@@ -173,8 +194,10 @@ class Dataset:
         if process_index < self.info.num_examples[label]:
             part = _part(split, process_index, process_count)
             records = self.source.read(part, None)
-            batches = _decoded(
-                self.source, records, example, batch_size, drop_remainder=False
+            batches = self._reading(split, example).batches(
+                lambda done: records.skip(done * batch_size),
+                batch_size,
+                drop_remainder=False,
             )
         empty = {
             "image": np.zeros((0, *self.config.view.image_size, 3), np.uint8),
@@ -185,84 +208,19 @@ class Dataset:
             for _ in range(math.ceil(largest / batch_size))
         )
 
+    def _reading(self, split: str, example: Callable[..., Record]) -> Reading:
+        return Reading(
+            source=self.source,
+            split=split,
+            example=example,
+            image_size=self.config.view.image_size,
+            on_error=self.config.on_error,
+        )
+
 
 def _part(split: str, index: int, count: int) -> Any:
     """Returns one of ``count`` consecutive parts; the first ones are the largest."""
     return tfds.even_splits(split, count)[index]
-
-
-def _shuffled_for_ever(
-    source: Source, part: Any, *, seed: int, buffer: int, start: int
-) -> tf.data.Dataset:
-    """Returns the pairs (record, epoch seed) of all epochs from the ``start``-th on."""
-    first_epoch, offset = divmod(start, source.count(part))
-    run_seed = (seed % 2**31) << 32  # the epoch takes the low bits
-
-    # TensorFlow would try to rewrite TFDS's own code as a graph, and warn.
-    @tf.autograph.experimental.do_not_convert
-    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        epoch_seed = run_seed + epoch
-        records = source.read(part, epoch_seed).shuffle(
-            buffer, seed=epoch_seed, reshuffle_each_iteration=False
-        )
-        seeds = tf.data.Dataset.from_tensors(epoch_seed).repeat()
-        return tf.data.Dataset.zip(records, seeds)
-
-    return tf.data.Dataset.range(first_epoch, 2**32).flat_map(one_epoch).skip(offset)
-
-
-def _decoded(
-    source: Source,
-    records: tf.data.Dataset,
-    example: Callable[..., Record],
-    batch_size: int,
-    *,
-    drop_remainder: bool,
-) -> Iterator[Batch]:
-    """Yields batches of ``example(record)``; an image that cannot be decoded is named.
-
-    Raises:
-      UsageError: naming that image.
-    """
-    options = tf.data.Options()
-    # Examples are decoded in parallel, so that one need not be.
-    options.threading.max_intra_op_parallelism = 1
-    batches = (
-        records.map(example, num_parallel_calls=tf.data.AUTOTUNE)
-        .batch(batch_size, drop_remainder=drop_remainder)
-        .prefetch(tf.data.AUTOTUNE)
-        .with_options(options)
-    )
-    decode_error = tf.errors.InvalidArgumentError  # `tf` is gone at interpreter exit
-    done = 0
-    try:
-        for batch in batches.as_numpy_iterator():
-            yield batch
-            done += 1
-    except decode_error as error:
-        rest = records.skip(done * batch_size)
-        raise UsageError(
-            f"The image {_first_failure(source, rest, example)} cannot be decoded: "
-            f"repair it, or remove it from the data set. TensorFlow says: {error}"
-        ) from error
-
-
-def _first_failure(
-    source: Source, records: tf.data.Dataset, example: Callable[..., Record]
-) -> str:
-    """Returns the ``id`` of the first record on which ``example`` fails."""
-    as_graph = tf.function(example)  # So that the failure is the same as in a batch.
-    for element in records:
-        arguments = element if isinstance(element, tuple) else (element,)
-        try:
-            as_graph(*arguments)
-        except tf.errors.InvalidArgumentError:
-            return (
-                source.load(arguments[0])["id"]
-                .numpy()
-                .decode(errors="backslashreplace")
-            )
-    return "(which one was not found)"
 
 
 def _padded(batch: Batch, batch_size: int) -> Batch:
@@ -272,4 +230,5 @@ def _padded(batch: Batch, batch_size: int) -> Batch:
         name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
         for name, array in batch.items()
     }
-    return {**padded, "mask": np.arange(batch_size) < batch_size - missing}
+    own = np.arange(batch_size) < batch_size - missing
+    return {**padded, "mask": own & padded.get("mask", True)}

@@ -1,28 +1,36 @@
 """TensorFlow Datasets as a source: any prepared image classification set, by name."""
 
+import contextlib
 import difflib
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from wf_vit.data import records
+from wf_vit.data.config import ON_ERROR
 from wf_vit.data.source import Record, Source
 from wf_vit.errors import UsageError
 
+# Read at the same time, of all groups of a split together; each holds 8 MiB.
+_OPEN_FILES = 16
 
-def open_tfds(name: str, data_dir: str) -> Source:
+
+def open_tfds(name: str, data_dir: str, on_error: str = ON_ERROR[0]) -> Source:
     """Opens a prepared TFDS data set; never downloads one.
 
     Args:
       name: as ``tfds.builder`` takes it; a data set without code is opened from the
         files in ``data_dir/name``.
       data_dir: TFDS folder, gs:// paths too; '' is TFDS's default.
+      on_error: one of ``ON_ERROR``.
 
     Raises:
       UsageError: the name is unknown, or it is no image classification set.
     """
-    return builder_source(open_builder(name, data_dir))
+    return builder_source(open_builder(name, data_dir), on_error)
 
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -46,8 +54,15 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         ) from error
 
 
-def builder_source(builder: tfds.core.DatasetBuilder) -> Source:
+def builder_source(
+    builder: tfds.core.DatasetBuilder, on_error: str = ON_ERROR[0]
+) -> Source:
     """Returns a builder's records as a source.
+
+    Args:
+      builder: prepared, or not yet, or of mocked data.
+      on_error: one of ``ON_ERROR``; "skip" puts empty records in the place of those
+        that the files have lost.
 
     Raises:
       UsageError: the builder's features are no image with one class label.
@@ -57,42 +72,101 @@ def builder_source(builder: tfds.core.DatasetBuilder) -> Source:
     decoders = tfds.decode.PartialDecoding(
         {image: True, label: True}, decoders={image: tfds.decode.SkipDecoding()}
     )
+    features = decoders.extract_features(builder.info.features)
 
     def read(split: Any, shuffle_seed: tf.Tensor | None) -> tf.data.Dataset:
-        read_config = tfds.ReadConfig(
-            shuffle_seed=shuffle_seed,
-            shuffle_reshuffle_each_iteration=False,
-            add_tfds_id=True,
-            try_autocache=False,
-            # Far cheaper than TFDS's 16; the shuffle buffer is much longer anyway.
-            interleave_block_length=64,
+        if not builder.is_prepared():
+            return _mocked(builder, split, decoders)
+        count = len(shards_of(split))
+        found = read_range(split, 0, count, shuffle_seed)
+        return found.apply(tf.data.experimental.assert_cardinality(count))
+
+    def read_range(
+        split: Any,
+        begin: int | tf.Tensor,
+        end: int | tf.Tensor,
+        shuffle_seed: tf.Tensor | None,
+        *,
+        groups: int = 1,
+    ) -> tf.data.Dataset:
+        return shards_of(split).read(
+            begin,
+            end,
+            seed=shuffle_seed,
+            open_files=max(_OPEN_FILES // groups, 1),
+            on_error=on_error,
         )
-        try:
-            return builder.as_dataset(
-                split=split,
-                shuffle_files=shuffle_seed is not None,
-                decoders=decoders,
-                read_config=read_config,
-            )
-        except AssertionError as error:
-            # The attempt is the test: `is_prepared()` is False for mocked data.
-            raise UsageError(_not_prepared(builder)) from error
-        except ValueError as error:
-            raise UsageError(
-                f"Data set {builder.name!r} cannot read the split {split!r}: {error} "
-                f"It has {describe_splits(builder)}; set config.data.train and "
-                "config.data.eval to specifications of these, such as 'train[:90%]'."
-            ) from error
+
+    def shards_of(split: Any) -> records.Shards:
+        with _explained(builder, split):
+            return records.Shards.of(builder, split)
 
     def load(record: Record) -> Record:
+        parsed = record
+        if "record" in record:
+            parsed = features.deserialize_example(
+                record["record"], decoders=decoders.decoders
+            )
         return {
-            "image": record[image],
-            "label": record[label],
-            "id": record["tfds_id"],
+            "image": parsed[image],
+            "label": parsed[label],
+            "id": identify(record),
         }
 
-    names = tuple(builder.info.features[label].names)
-    return Source(class_names=names, read=read, load=load)
+    def identify(record: Record) -> tf.Tensor:
+        if "tfds_id" in record:
+            return record["tfds_id"]
+        return records.identity(record["number"], records.file_names(builder))
+
+    def check(splits: Iterable[Any]) -> None:
+        if builder.is_prepared():
+            for split in splits:
+                shards_of(split)
+            records.check_files(builder, splits, on_error=on_error)
+
+    def damage(split: Any) -> str:
+        return shards_of(split).damage() if builder.is_prepared() else ""
+
+    return Source(
+        class_names=tuple(builder.info.features[label].names),
+        read=read,
+        read_range=read_range,
+        load=load,
+        identify=identify,
+        check=check,
+        damage=damage,
+    )
+
+
+def _mocked(
+    builder: tfds.core.DatasetBuilder, split: Any, decoders: Any
+) -> tf.data.Dataset:
+    """Reads a data set without files: of ``tfds.testing``, or none.
+
+    Raises:
+      UsageError: it is not mocked, and not prepared.
+    """
+    config = tfds.ReadConfig(add_tfds_id=True, try_autocache=False)
+    try:
+        with _explained(builder, split):
+            return builder.as_dataset(
+                split=split, decoders=decoders, read_config=config
+            )
+    except AssertionError as error:
+        # The attempt is the test: `is_prepared()` is False for mocked data.
+        raise UsageError(_not_prepared(builder)) from error
+
+
+@contextlib.contextmanager
+def _explained(builder: tfds.core.DatasetBuilder, split: Any) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(
+            f"Data set {builder.name!r} cannot read the split {split!r}: {error} "
+            f"It has {describe_splits(builder)}; set config.data.train and "
+            "config.data.eval to specifications of these, such as 'train[:90%]'."
+        ) from error
 
 
 def _supervised_features(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:

@@ -98,7 +98,9 @@ def _files(root: Path, leave_out: Path) -> Iterator[Path]:
         _text(root),
         files.left_out_text(found.left_out),
     )
-    yield from (root / path for path in found.images)
+    # What is lost is named, as an image that cannot be read.
+    images = (path for path in found.lost if path.lower().endswith(files.SUFFIXES))
+    yield from (root / path for path in sorted([*found.images, *images]))
 
 
 def digest(path: Path) -> str:

@@ -40,6 +40,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import LearnedFields
 from wf_vit.shapes import Images, Params
+from wf_vit.train.masks import mean_over
 from wf_vit.train.teacher import Teacher, distributions, taught_rows
 
 MATCHES = ("fields", "attention")
@@ -107,6 +108,7 @@ def guide(
     student: ViT,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    weights: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the weighted loss of a student; see the top of this module.
 
@@ -123,6 +125,7 @@ def guide(
       student: its grid and depth count.
       mean: by which the student's images are normalised.
       std: likewise.
+      weights: of the images, if not all are real (``masks.weights_of``).
 
     Returns:
       The loss, and as metrics ``guidance_loss``, the same, and what it is made of:
@@ -142,11 +145,12 @@ def guide(
 
     rows = jax.lax.cond(weight > 0, look, rest, params, images, keys)
     if guidance.match == "attention":
-        apart = divergence(outputs["records"], rows, student.num_prefix_tokens)
+        apart = divergence(outputs["records"], rows, student.num_prefix_tokens, weights)
         loss = weight * apart
         return loss, {"guidance_loss": loss, "attention_divergence": apart}
-    covered, area = coverage_and_area(outputs["fields"], rows)
-    missed = 0.0 if rows is None else 1 - covered
+    covered, area = coverage_and_area(outputs["fields"], rows, weights)
+    real = 1.0 if weights is None else weights.mean()
+    missed = 0.0 if rows is None else real - covered
     loss = weight * (missed + guidance.area_weight * area)
     return loss, {"guidance_loss": loss, "field_coverage": covered}
 
@@ -155,6 +159,7 @@ def divergence(
     records: dict[int, dict[str, Array]],
     target: Float[Array, "L B *H P P"],
     num_prefix_tokens: int,
+    weights: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """Returns how far attention is from the target, ``sum_j R_ij log(R_ij / A_ij)``.
 
@@ -162,6 +167,7 @@ def divergence(
       records: of the student, by layer, with its ``attention [B H N N]``.
       target: R of each layer, for each head or for their mean.
       num_prefix_tokens: of the student, which are left out.
+      weights: of the images, if not all are real.
 
     Returns:
       The mean over layers, images, heads (if they are apart) and patches, in nats.
@@ -175,12 +181,14 @@ def divergence(
             normalize=True,
         )
         attention = jnp.maximum(attention, _LEAST)
-        apart.append(rel_entr(target[place], attention).sum(-1).mean())
+        apart.append(mean_over(rel_entr(target[place], attention).sum(-1), weights))
     return jnp.stack(apart).mean()
 
 
 def coverage_and_area(
-    fields: dict[int, LearnedFields], target: Float[Array, "L B *H P P"] | None
+    fields: dict[int, LearnedFields],
+    target: Float[Array, "L B *H P P"] | None,
+    weights: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns how much of the target the fields cover, and their area.
 
@@ -188,6 +196,7 @@ def coverage_and_area(
       fields: of the student, by layer.
       target: for each of its layers, rows that sum to 1, of each head or of their
         mean; None: none is covered.
+      weights: of the images, if not all are real.
 
     Returns:
       ``sum_j R_ij M_ij`` and ``mean_j M_ij``, each the mean over layers, images and
@@ -197,9 +206,9 @@ def coverage_and_area(
     for place, layer in enumerate(sorted(fields)):
         rows = jnp.exp(fields[layer].log_rows)
         columns = jnp.exp(fields[layer].log_columns)
-        areas.append((rows.mean(-1) * columns.mean(-1)).mean())
+        areas.append(mean_over(rows.mean(-1) * columns.mean(-1), weights))
         if target is not None:
-            covered.append(coverage(target[place], rows, columns))
+            covered.append(coverage(target[place], rows, columns, weights))
     mean_covered = jnp.stack(covered).mean() if covered else jnp.zeros(())
     return mean_covered, jnp.stack(areas).mean()
 
@@ -208,6 +217,7 @@ def coverage(
     target: Float[Array, "B *H P P"],
     rows: Float[Array, "#B #H P GH"],
     columns: Float[Array, "#B #H P GW"],
+    weights: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """Returns ``sum_j R_ij M_ij``, mean over images and patches.
 
@@ -216,6 +226,7 @@ def coverage(
       rows: membership of every row of the grid, for each query and head.
       columns: membership of every column, so that M is their product, of each head
         or the mean over heads.
+      weights: of the images, if not all are real.
     """
     height, width = rows.shape[-1], columns.shape[-1]
     grids = target.reshape(*target.shape[:-1], height, width)
@@ -224,7 +235,7 @@ def coverage(
     columns = jnp.broadcast_to(columns, (*batch, *columns.shape[2:]))
     heads = "h" if target.ndim == 4 else ""
     by_row = jnp.einsum(f"b{heads}pyx,bhpx->bhpy", grids, columns)
-    return (by_row * rows).sum(-1).mean()
+    return mean_over((by_row * rows).sum(-1), weights)
 
 
 def target(

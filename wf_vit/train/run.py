@@ -44,9 +44,9 @@ class Run:
     def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
         """Yields this process's sharded batches, from any example of the run on."""
         batches = self.data.train_batches(
-            batch_size=self.batch_size // jax.process_count(),
+            batch_size=self.batch_size,
             seed=self.training.objective.seed,
-            start=examples_seen // jax.process_count(),
+            start=examples_seen,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -60,6 +60,13 @@ class Run:
         Args:
           params: of the model, spread over the devices.
           stopping: asked after every batch; the result is empty once it says yes.
+
+        Returns:
+          The metrics; with ``config.data.on_error="skip"`` also
+          ``<split>/examples_skipped``.
+
+        Raises:
+          UsageError: no example of a split can be read.
         """
         metrics = {}
         for split in self.data.config.eval:
@@ -76,8 +83,16 @@ class Run:
                 totals.update({k: float(v) for k, v in sums.items()})
                 if stopping():
                     return {}
+            if not totals["count"]:
+                raise UsageError(
+                    f"No example of the split {split!r} of config.data.eval can be "
+                    "read: repair the data set, or remove the split."
+                )
             for name in ("top1", "loss"):
                 metrics[f"{split}/{name}"] = totals[name] / totals["count"]
+            if self.data.config.on_error == "skip":
+                skipped = self.data.info.num_examples[split] - totals["count"]
+                metrics[f"{split}/examples_skipped"] = skipped
         return metrics
 
     @functools.cached_property

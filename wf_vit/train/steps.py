@@ -3,7 +3,7 @@
 They are jitted by ``parallel``, one shard of the batch per device, and reduce over
 the devices themselves. All randomness is folded from the seed, the step and the
 example's place in the global batch. So augmentation does not depend on the number of
-devices; stochastic depth, drawn per device and micro-batch, does.
+devices and processes; stochastic depth, drawn per device and micro-batch, does.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from wf_vit.data.config import Augmentation
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params
 from wf_vit.train import guidance as guiding
+from wf_vit.train.masks import mean_over, weights_of
 from wf_vit.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -61,7 +62,10 @@ def train_step(
 
     Args:
       state: before the update.
-      batch: this device's ``image`` uint8 [b, height, width, 3] and ``label`` [b].
+      batch: this device's ``image`` uint8 [b, height, width, 3], ``label`` [b] and,
+        optionally, ``place`` [b], the index in the global batch (without it, devices
+        hold consecutive examples in their own order) and ``mask`` bool [b], false
+        where an example could not be read and counts for nothing.
       teacher: parameters of ``objective.guidance.teacher``, if there is one.
       model: the model.
       optimizer: its optimizer.
@@ -73,12 +77,19 @@ def train_step(
       the augmented images, against the largest label), ``gradient_norm`` before
       clipping, ``update_norm``, ``updates_skipped`` (1 for an update that is not
       finite and changes nothing, else 0), and ``field_area`` for models with fields;
-      with guidance also those of ``guidance.guide``.
+      with guidance also those of ``guidance.guide``, and with a mask
+      ``examples_skipped``, how many it leaves out. The others are means over those
+      that are left, and 0 if there are none.
     """
     key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     count = len(batch["label"])
-    keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
+    if "place" in batch:
+        keys = augment.keys_at(key, batch["place"])
+    else:
+        keys = augment.example_keys(key, jax.lax.axis_index(axis) * count, count)
     batch = {**batch, "key": keys}
+    if "mask" in batch:
+        batch["weight"] = weights_of(batch["mask"], axis)
 
     def gradient(micro: Batch) -> tuple[Params, Metrics]:
         loss = partial(
@@ -94,6 +105,9 @@ def train_step(
 
     gradients, metrics = _accumulate(gradient, batch, objective.accumulate_steps)
     gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
+    if "mask" in batch:
+        missing = jnp.sum(~batch["mask"], dtype=jnp.float32)
+        metrics["examples_skipped"] = jax.lax.psum(missing, axis)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics["update_norm"] = optax.tree.norm(updates)
@@ -138,7 +152,9 @@ def _loss(
         micro["label"],
         num_classes=model.num_classes,
         augmentation=objective.augmentation,
+        mask=micro.get("mask"),
     )
+    weights = micro.get("weight")
     drop_path_key = jax.random.fold_in(micro["key"][0], 2)
     guidance = objective.guidance
     logits, out = model.apply(
@@ -148,13 +164,14 @@ def _loss(
         record=guidance is not None and guidance.match == "attention",
         rngs={"drop_path": drop_path_key},
     )
-    loss = optax.softmax_cross_entropy(
+    losses = optax.softmax_cross_entropy(
         logits, optax.smooth_labels(labels, objective.label_smoothing)
-    ).mean()
-    hits = logits.argmax(-1) == labels.argmax(-1)
-    metrics = {"loss": loss, "top1": hits.mean(dtype=jnp.float32)}
+    )
+    loss = mean_over(losses, weights)
+    hits = (logits.argmax(-1) == labels.argmax(-1)).astype(jnp.float32)
+    metrics = {"loss": loss, "top1": mean_over(hits, weights)}
     if out["fields"]:
-        areas = [fields.area().mean() for fields in out["fields"].values()]
+        areas = [mean_over(f.area(), weights) for f in out["fields"].values()]
         metrics["field_area"] = jnp.stack(areas).mean()
     if guidance is None:
         return loss, metrics
@@ -168,6 +185,7 @@ def _loss(
         student=model,
         mean=objective.augmentation.mean,
         std=objective.augmentation.std,
+        weights=weights,
     )
     return loss + extra, {**metrics, **guidance_metrics}
 

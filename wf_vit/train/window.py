@@ -12,6 +12,9 @@ from wf_vit.errors import RunError
 from wf_vit.train import parallel, steps
 from wf_vit.train.config import Progress
 
+# What is no mean, but a count.
+_EXAMPLES = "examples_skipped"
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -58,11 +61,13 @@ class Window:
         """
         rows = self.rows()
         finite = [row for row in rows if not row["updates_skipped"]] or rows
-        names = rows[0].keys() - {"updates_skipped"}
+        names = rows[0].keys() - {"updates_skipped", _EXAMPLES}
         means = {
             f"train/{name}": float(np.mean([row[name] for row in finite]))
             for name in sorted(names)
         }
+        if _EXAMPLES in rows[0]:
+            means[f"train/{_EXAMPLES}"] = sum(row[_EXAMPLES] for row in rows)
         if self.updates_skipped:
             means["train/updates_skipped"] = float(self.updates_skipped)
             means["train/max_skipped_updates"] = float(self._limit)
