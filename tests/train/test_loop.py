@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.networks import apply
@@ -13,6 +14,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.windowfree import WindowFreeViT
 from wf_vit.stops import Stopped
+from wf_vit.train import config as resolving
 from wf_vit.train import loop
 from wf_vit.train.checkpoint import Checkpoints, chosen, restored
 from wf_vit.train.reporter import Reporter, read_jsonl, save_config
@@ -258,14 +260,29 @@ def test_evaluation_counts_every_example_once(digits_config):
     assert got["test/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
 
 
+@pytest.fixture
+def infinite_rate(monkeypatch):
+    """Makes every update infinite from now on, which no config can."""
+
+    def apply():
+        schedule = optax.constant_schedule(float("inf"))
+        monkeypatch.setattr(
+            resolving, "learning_rate_schedule", lambda *_, **__: schedule
+        )
+
+    return apply
+
+
 @pytest.mark.usefixtures("no_figures")
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(digits_config, tmp_path):
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(
+    digits_config, tmp_path, infinite_rate
+):
     """The update of step 3 is infinite though its loss and gradient are finite."""
     digits_config.total_steps = 2
     loop.train(digits_config, tmp_path)
     digits_config.total_steps = 4
     digits_config.checkpoint_steps = 1
-    digits_config.optimizer.learning_rate = float("inf")
+    infinite_rate()
     digits_config.max_skipped_updates = 0
     with pytest.raises(NonFiniteLossError, match="At step 3 the loss is 2"):
         loop.train(digits_config, tmp_path)
@@ -317,11 +334,10 @@ def test_batches_that_cannot_be_shared_are_named(digits_config, change, message)
 
 @pytest.mark.usefixtures("no_figures")
 def test_updates_that_are_not_finite_are_skipped_and_counted(
-    digits_config, tmp_path, caplog
+    digits_config, tmp_path, caplog, infinite_rate
 ):
     """An infinite rate makes every update infinite: none of them is done."""
-    digits_config.optimizer.learning_rate = float("inf")
-    digits_config.warmup_steps = 0
+    infinite_rate()
     digits_config.max_skipped_updates = 4
     loop.train(digits_config, tmp_path)
     assert "This update is skipped, number 4 of at most 4" in caplog.text

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.networks import random_params
 from tests.runs import small_winft
 from wf_vit.models.vit import ViT
-from wf_vit.train import loop
+from wf_vit.train import loop, run
 from wf_vit.train.pictures import draw_pictures
 from wf_vit.train.reporter import read_jsonl
 
@@ -71,7 +71,7 @@ def test_a_picture_that_fails_does_not_stop_a_run(
         raise ValueError("no canvas")
 
     monkeypatch.setattr(loop, "save_figures", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "draw_pictures", fail)
+    monkeypatch.setattr(run, "draw_pictures", fail)
     with digits_config.unlocked():
         digits_config.pictures = True
     loop.train(digits_config, tmp_path)

@@ -57,7 +57,8 @@ def sealed(meta: dict[str, Any], tree: PyTree) -> dict[str, Any]:
       tree: of the arrays that are saved beside it.
     """
     digests = {path: _digest(leaf) for path, leaf in by_path(tree).items()}
-    meta = {**meta, DIGESTS: digests}
+    # A copy: it is written later, and the caller's may have changed by then.
+    meta = json.loads(json.dumps({**meta, DIGESTS: digests}))
     return {**meta, _OF_META: _digest_of_meta(meta)}
 
 
