@@ -16,7 +16,6 @@ from wf_vit.indicators.arithmetic import (
     einsum,
     mean_of_heads,
     normalize_rows,
-    split,
     sqrt,
 )
 from wf_vit.shapes import Attention, Key
@@ -204,7 +203,6 @@ def mean_attention_distance(
     tokens = checks.count_tokens(attention, num_prefix_tokens)
     grid = infer_grid(tokens, num_prefix_tokens=num_prefix_tokens, grid=grid)
     attention = drop_prefix(attention.astype(jnp.float32), num_prefix_tokens)
-    attention, _ = split(attention, -1)
     weighted = einsum("...ij,ij->...i", attention, distances(grid))
     total = attention.sum(-1)
     distance = patch_size * (weighted / jnp.where(total > 0, total, 1.0)).mean(-1)
