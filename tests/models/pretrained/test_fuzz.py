@@ -142,3 +142,22 @@ def test_a_renamed_array_is_named_with_what_is_missing(key):
         pretrained.load(arrays, num_heads=2)
     assert "missing: " in str(error.value)
     assert "_old" in str(error.value)
+
+
+def test_a_head_of_three_axes_is_named():
+    arrays = load_file(FIXTURES / "timm_vit/model.safetensors")
+    arrays["head.weight"] = arrays["head.weight"][..., None]
+    with pytest.raises(UsageError, match=r"head\.weight, has the shape"):
+        pretrained.load(arrays, num_heads=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axes", [-1, 1])
+def test_an_array_of_another_rank_is_refused(name, axes):
+    arrays = load_file(FIXTURES / name / "model.safetensors")
+    for key, array in arrays.items():
+        changed = array[..., None] if axes == 1 else array.reshape(-1)
+        if changed.shape == array.shape or "token" in key or "pos" in key:
+            continue
+        with pytest.raises(UsageError):
+            pretrained.load(arrays | {key: changed}, num_heads=2, image_size=16)

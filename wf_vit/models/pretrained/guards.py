@@ -44,13 +44,13 @@ def explained(path: Path | str, advice: str) -> Iterator[None]:
     """Turns what goes wrong with a file into a usage error that names it.
 
     Args:
-      path: the file.
+      path: the file, or what stands for it in messages.
       advice: what to do, a sentence.
     """
     try:
         yield
     except UsageError as error:
-        if str(path) in str(error):
+        if not isinstance(path, Path) or str(path) in str(error):
             raise
         raise UsageError(f"{path}: {error}") from error
     except Exception as error:  # NumPy, zipfile, json, Orbax: each has its own.
