@@ -262,7 +262,7 @@ def test_random_values_in_a_config_are_accepted_or_usage_errors(examples):
         st.floats(),
         st.text(max_size=5),
         st.lists(st.floats() | st.integers() | st.text(max_size=3), max_size=3),
-        st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+        st.dictionaries(st.text("ab", max_size=3), st.integers(), max_size=2),
     )
     known = load("digits", "vit").to_dict()
 

@@ -6,6 +6,9 @@ ours. Every function is traceable, computes in float32 and takes any leading lay
 batch and head axes. Row i of an indicator, divided by its sum, is the distribution
 ``R_i`` over the grid; a row without any impact counts as the patch itself alone.
 
+What is not a share has the range of float32: finite impact gives finite results, at
+most its largest number. Below its smallest normal number they may be 0.
+
 Options and shapes are always checked. Values are checked outside ``jax.jit`` only:
 inside, NaN spreads along its row and negative impact gives meaningless fields.
 """
@@ -21,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid, coordinates, displacements
+from wf_vit.indicators.arithmetic import join, split
 from wf_vit.shapes import Interactions
 from wf_vit.tendency import explained_share, tendency
 
@@ -116,7 +120,7 @@ def _responsive_field(indicator, grid, mass):
 
 
 def _row_distributions(indicator):
-    indicator = indicator.astype(jnp.float32)
+    indicator = split(indicator.astype(jnp.float32), -1)[0]
     total = indicator.sum(-1, keepdims=True)
     share = indicator / jnp.where(total == 0, 1.0, total)
     return jnp.where(total == 0, _identity(share.shape), share)
@@ -174,7 +178,8 @@ def discriminability(indicator: Interactions) -> Float[Array, "*batch P"]:
     Returns:
       ``[..., P]``, in units of the indicator.
     """
-    return indicator.astype(jnp.float32).std(-2)
+    numbers, exponents = split(indicator.astype(jnp.float32), -2)
+    return join(numbers.std(-2), exponents[..., 0, :])
 
 
 @takes_arrays("matrices")
@@ -193,8 +198,10 @@ def heard(
     Returns:
       Sums of columns without the diagonal, ``[..., P]``.
     """
-    own = jnp.diagonal(matrices, axis1=-2, axis2=-1)
-    return (matrices.sum(-2) - own)[..., num_prefix_tokens:]
+    numbers, exponents = split(jnp.asarray(matrices).astype(jnp.float32), -2)
+    own = jnp.diagonal(numbers, axis1=-2, axis2=-1)
+    sums = join(numbers.sum(-2) - own, exponents[..., 0, :])
+    return sums[..., num_prefix_tokens:]
 
 
 class Statistics(NamedTuple):
@@ -257,17 +264,27 @@ def statistics(
         )
     count = valid.sum()
 
-    def mean(leaf):
-        others = [axis for axis in range(leaf.ndim) if axis != axes[0]]
-        counted = jnp.where(jnp.expand_dims(valid, others), leaf, 0.0)
+    def mean(counted):
         per_image = counted.mean(axes[1:], keepdims=True)
         return per_image.sum(axes[0], keepdims=True) / jnp.maximum(count, 1)
 
-    samples = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), samples)
-    means = jax.tree.map(mean, samples)
-    variances = jax.tree.map(lambda x, m: mean(jnp.square(x - m)), samples, means)
-    means, variances = jax.tree.map(lambda x: x.squeeze(axes), (means, variances))
-    return Statistics(count, means, variances)
+    def moments(leaf):
+        others = [axis for axis in range(leaf.ndim) if axis != axes[0]]
+        counts = jnp.expand_dims(valid, others)
+        counted = jnp.where(counts, leaf.astype(jnp.float32), 0.0)
+        numbers, exponents = split(counted, axes)
+        centre = mean(numbers)
+        variance = mean(jnp.where(counts, jnp.square(numbers - centre), 0.0))
+        return join(centre, exponents), join(variance, 2 * exponents)
+
+    found = [tuple(x.squeeze(axes) for x in moments(leaf)) for leaf in leaves]
+    means, variances = zip(*found, strict=True)
+    structure = jax.tree.structure(samples)
+    return Statistics(
+        count,
+        jax.tree.unflatten(structure, means),
+        jax.tree.unflatten(structure, variances),
+    )
 
 
 @jax.jit
@@ -283,13 +300,15 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     """
     count = first.count + second.count
     share = second.count / jnp.maximum(count, 1)
-    means = jax.tree.map(lambda a, b: a + share * (b - a), first.mean, second.mean)
+    # Half of each, so that the difference of two of the largest numbers is in range.
+    halves = jax.tree.map(lambda a, b: 0.5 * b - 0.5 * a, first.mean, second.mean)
+    means = jax.tree.map(lambda a, half: a + 2 * share * half, first.mean, halves)
+    largest = jnp.finfo(jnp.float32).max
     variances = jax.tree.map(
-        lambda a, b, u, v: (
-            u + share * (v - u) + share * (1 - share) * jnp.square(b - a)
+        lambda half, u, v: jnp.minimum(
+            u + share * (v - u) + 4 * share * (1 - share) * jnp.square(half), largest
         ),
-        first.mean,
-        second.mean,
+        halves,
         first.variance,
         second.variance,
     )

@@ -39,6 +39,7 @@ from jaxtyping import Array, Float
 
 from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.grid import Grid, coordinates, displacements
+from wf_vit.indicators.arithmetic import split
 
 # Both loops have converged to about float32's precision by then.
 _FITS, _REWEIGHTINGS = 12, 12
@@ -78,6 +79,7 @@ def explained_share(
     The squared cosine over all patches and both components, in [0, 1]; 0 where either
     is zero everywhere.
     """
+    arrows, by = (split(x.astype(jnp.float32), (-2, -1))[0] for x in (arrows, by))
     common = (arrows * by).sum((-2, -1))
     lengths = jnp.square(arrows).sum((-2, -1)) * jnp.square(by).sum((-2, -1))
     return jnp.square(common) / jnp.where(lengths > 0, lengths, 1.0)

@@ -25,7 +25,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from wf_vit.indicators import checks
-from wf_vit.indicators.arithmetic import einsum, normalize_rows, row_products, sqrt
+from wf_vit.indicators.arithmetic import (
+    einsum,
+    join,
+    normalize_rows,
+    row_products,
+    split,
+    sqrt,
+)
 from wf_vit.shapes import Attention, Values
 
 
@@ -67,7 +74,8 @@ def knockout_impact(
     """
     checks.count_tokens(attention, num_prefix_tokens)
     checks.check_shapes(attention, values, output_kernel, residual_scale)
-    kernel = _scaled_kernel(output_kernel, residual_scale)
+    axis = (-2, -1) if per_head else (-3, -2, -1)
+    kernel, exponents = _scaled_kernel(output_kernel, residual_scale, axis)
 
     impact_of = partial(
         _image_impact, first_key=num_prefix_tokens, block_size=block_size
@@ -84,7 +92,11 @@ def knockout_impact(
         gram = einsum("...hkd,...hld->...hkl", kernel, kernel)[..., None, None, :, :]
     else:
         gram = einsum("...hkd,...gld->...hgkl", kernel, kernel)
-    impact = _map_images(image, kernel.ndim == 4, gram, attention, values)
+    layered = kernel.ndim == 4
+    if per_head:
+        exponents = exponents[..., None, None]
+    options = {"layered": layered, "per_head": per_head}
+    impact = _map_images(image, gram, exponents, attention, values, **options)
     return normalize_rows(impact) if normalize else impact
 
 
@@ -143,9 +155,10 @@ def knockout_effect(
         seen = einsum("hkd,nd->hnk", kernel, cotangents)
         return _map_queries(block_effect, block_size, rows, seen)
 
-    kernel = _scaled_kernel(output_kernel, residual_scale)
+    kernel, exponents = _scaled_kernel(output_kernel, residual_scale, (-3, -2, -1))
     layered = kernel.ndim == 4
-    effect = _map_images(image, layered, kernel, attention, values, cotangents)
+    arrays = (attention, values, cotangents)
+    effect = _map_images(image, kernel, exponents, *arrays, layered=layered)
     return effect[..., num_prefix_tokens:]
 
 
@@ -270,33 +283,52 @@ def _map_queries(function, block_size, *arrays):
     return joined[..., :num_queries, :]
 
 
-def _map_images(function, layered, weights, attention, values, *arrays):
+def _map_images(
+    function, weights, exponents, attention, values, *arrays, layered, per_head=False
+):
     """Applies a function to one image of one layer at a time, in float32.
 
     The function takes weights, attention ``[H, N, N]``, values ``[H, N, K]`` and the
-    other arrays. With ``layered`` the weights have the layers in front, like the rest.
+    other arrays. It is linear in values, in the arrays, and in what the weights are
+    made of, so that powers of two can be taken out: of each head ``per_head``, where
+    the result has heads, else of all. Those of the weights are given. With ``layered``
+    the weights have the layers in front, like the rest.
     """
+    options = {"layered": False, "per_head": per_head}
     if layered:
         return lax.map(
-            lambda layer: _map_images(function, False, *layer),
-            (weights, attention, values, *arrays),
+            lambda layer: _map_images(function, *layer, **options),
+            (weights, exponents, attention, values, *arrays),
         )
     batch = attention.shape[:-3]
 
     def image(arrays):
         attention, values, *others = (x.astype(jnp.float32) for x in arrays)
+        values = values.swapaxes(0, 1)
+        values, power = split(values, (1, 2) if per_head else (0, 1, 2))
+        total = exponents + (power if per_head else power[0, 0, 0])
         # No cut notices what all values share, and without it less cancels.
-        values = values.swapaxes(0, 1) - values.mean(0)[:, None]
-        return function(weights, attention, values, *others)
+        values = values - values.mean(1, keepdims=True)
+        scaled = []
+        for other in others:
+            numbers, power = split(other, (0, 1))
+            scaled.append(numbers)
+            total = total + power[0, 0]
+        return join(function(weights, attention, values, *scaled), total)
 
     flat = [x.reshape(-1, *x.shape[len(batch) :]) for x in (attention, values, *arrays)]
     result = lax.map(image, flat)
     return result.reshape(*batch, *result.shape[1:])
 
 
-def _scaled_kernel(output_kernel, residual_scale):
-    kernel = output_kernel.astype(jnp.float32)
+def _scaled_kernel(output_kernel, residual_scale, axis):
+    """Returns the kernel with LayerScale, near 1, and the powers of two taken out."""
+    kernel, exponents = split(output_kernel.astype(jnp.float32), axis)
+    exponents = exponents.squeeze(axis)
     if residual_scale is None:
-        return kernel
-    scale = residual_scale.astype(jnp.float32)
-    return einsum("...hkd,...d->...hkd", kernel, scale)
+        return kernel, exponents
+    scale, power = split(residual_scale.astype(jnp.float32), -1)
+    power = power[..., 0]
+    if exponents.ndim > power.ndim:
+        power = power.reshape(power.shape + (1,) * (exponents.ndim - power.ndim))
+    return einsum("...hkd,...d->...hkd", kernel, scale), exponents + power

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.indicators import checks
-from wf_vit.indicators.arithmetic import sqrt
+from wf_vit.indicators.arithmetic import join, power, split, sqrt
 from wf_vit.indicators.knockout import knockout_effect, knockout_impact
 from wf_vit.shapes import Attention, Values
 
@@ -104,28 +104,41 @@ def propagated_knockout(
     layer = (attention, values, output_kernel)
     options = {"num_prefix_tokens": num_prefix_tokens, "block_size": block_size}
 
-    def moments(effect):
-        square = jnp.square(effect)
-        return square, jnp.square(square).sum((-1, -2))
+    def moments(effect, axis):
+        numbers, exponents = split(effect, axis)
+        # In all heads at once: their sum, before it is squared.
+        if len(axis) == 3:
+            numbers, exponents = (
+                sum(jnp.unstack(numbers, axis=-3)),
+                exponents[..., 0, :, :],
+            )
+        square = jnp.square(numbers)
+        fourth = jnp.square(square).sum((-1, -2), keepdims=True)
+        return _Sums(square, fourth, exponents)
 
     def of_probe(probe):
         gradient = cotangents(probe)
         effect = knockout_effect(
             *layer, gradient, residual_scale, per_head=per_head, **options
         )
-        stretch = jnp.square(gradient.astype(jnp.float32)).mean(-1)
-        stretch = stretch[..., num_prefix_tokens:]
+        numbers, exponents = split(gradient.astype(jnp.float32), (-2, -1))
+        stretch = jnp.square(numbers).mean(-1, keepdims=True)[
+            ..., num_prefix_tokens:, :
+        ]
+        stretch = _Sums(stretch, jnp.zeros_like(exponents, stretch.dtype), exponents)
         if not per_head:
-            return moments(effect), None, stretch
-        # In all heads at once: their sum, before it is squared.
-        fused = sum(jnp.unstack(effect, axis=-3))
-        return moments(fused), moments(effect), stretch
+            return moments(effect, (-2, -1)), None, stretch
+        return moments(effect, (-3, -2, -1)), moments(effect, (-2, -1)), stretch
 
     def add_probe(sums, probe):
-        return jax.tree.map(jnp.add, sums, of_probe(probe)), None
+        added = of_probe(probe)
+        together = jax.tree.map(
+            _Sums.plus, sums, added, is_leaf=lambda x: isinstance(x, _Sums)
+        )
+        return together, None
 
-    def estimate(moments, stretch, per_head):
-        square, fourth = moments
+    def estimate(sums, stretch, per_head):
+        square, fourth = sums.square / num_probes, sums.fourth[..., 0, 0] / num_probes
         pooled = jnp.square(square).sum((-1, -2))
         variance = (fourth - pooled) / (num_probes - 1)
         # Relative to it, the error of a square root is half that of the square.
@@ -134,23 +147,54 @@ def propagated_knockout(
             local = knockout_impact(
                 *layer, residual_scale, per_head=per_head, **options
             )
-            stretch = (stretch[..., None, :] if per_head else stretch)[..., None]
+            # A guess up to a factor.
+            local, _ = split(local, (-2, -1))
+            stretch = stretch.square / num_probes
+            stretch = stretch[..., None, :, :] if per_head else stretch
             square = _shrink(square, stretch * jnp.square(local), num_probes)
-        return PropagatedKnockout(sqrt(square), error)
+        return PropagatedKnockout(join(sqrt(square), sums.exponents), error)
 
     batch = attention.shape[:-3]
 
-    def zeros(*batch):
-        return jnp.zeros((*batch, patches, patches)), jnp.zeros(batch)
+    def zeros(*batch, width=patches):
+        least = jnp.full((*batch, 1, 1), _NOTHING)
+        return _Sums(
+            jnp.zeros((*batch, patches, width)), jnp.zeros((*batch, 1, 1)), least
+        )
 
     heads = zeros(*attention.shape[:-2]) if per_head else None
-    start = (zeros(*batch), heads, jnp.zeros((*batch, patches)))
+    start = (zeros(*batch), heads, zeros(*batch, width=1))
     sums, _ = lax.scan(add_probe, start, jnp.arange(num_probes))
-    fused, heads, stretch = jax.tree.map(lambda total: total / num_probes, sums)
+    fused, heads, stretch = sums
     result = estimate(fused, stretch, per_head=False)
     if per_head:
         result = result._replace(heads=estimate(heads, stretch, per_head=True))
     return result
+
+
+# An exponent below those of all numbers.
+_NOTHING = -1000
+
+
+class _Sums(NamedTuple):
+    """Sums of squares and of fourth powers, of numbers times ``2 ** exponents``.
+
+    The fourth power of 1e10 is out of float32's range.
+    """
+
+    square: Float[Array, "*batch P columns"]
+    fourth: Float[Array, "*batch 1 1"]
+    exponents: Int[Array, "*batch 1 1"]
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        """Returns the sums of both, by the larger of the exponents."""
+        largest = jnp.maximum(self.exponents, other.exponents)
+        mine, theirs = self.exponents - largest, other.exponents - largest
+        return _Sums(
+            self.square * power(2 * mine) + other.square * power(2 * theirs),
+            self.fourth * power(4 * mine) + other.fourth * power(4 * theirs),
+            largest,
+        )
 
 
 def _shrink(
@@ -165,7 +209,9 @@ def _shrink(
     """
     known = (mean > 0) & (guess > 0)
     count = jnp.maximum(known.sum((-1, -2), keepdims=True), 1)
-    ratio = jnp.log(jnp.where(known, mean, 1.0) / jnp.where(known, guess, 1.0))
+    ratio = jnp.where(known, mean, 1.0) / jnp.where(known, guess, 1.0)
+    limits = jnp.finfo(jnp.float32)
+    ratio = jnp.log(jnp.clip(ratio, limits.tiny, limits.max))
     centre = ratio.sum((-1, -2), keepdims=True) / count
     apart = jnp.where(known, ratio - centre, 0.0)
     variance = jnp.square(apart).sum((-1, -2), keepdims=True) / count
@@ -174,5 +220,7 @@ def _shrink(
     weight = jnp.minimum(1.0, noise / jnp.where(variance > 0, variance, noise))
     # The guess was fitted to logarithms, which noise lowers in the mean.
     lowered = jnp.log(half) - digamma(half)
-    shrunk = mean * jnp.exp(weight * (lowered - apart))
+    # In two steps, neither of which leaves the range if the product does not.
+    factor = jnp.exp(0.5 * weight * (lowered - apart))
+    shrunk = jnp.minimum(mean * factor * factor, limits.max)
     return jnp.where(known, shrunk, mean)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from wf_vit.errors import UsageError
 from wf_vit.indicators import checks
-from wf_vit.indicators.arithmetic import einsum, sqrt
+from wf_vit.indicators.arithmetic import einsum, join, power, split, sqrt
 
 
 @checks.checked()
@@ -66,14 +66,35 @@ def expected_stretch(
             f"token_scale has shape {token_scale.shape}, expected {expected}: one more "
             "layer than attention, the last for what comes before the final norm."
         )
-    inverse = 1 / jnp.square(token_scale.astype(jnp.float32))
+    # Squares of numbers near 1, and powers of 4 beside them, which add up over layers.
+    inverse, away = _inverse(token_scale)
+    gain, louder = split(head_gain.astype(jnp.float32), -1)
 
-    def pass_layer(square, layer):
+    def pass_layer(carry, layer):
         # From the output to the input: the squares of what passed the later layers.
-        attention, gain, inverse = layer
+        square, power_of_4 = carry
+        attention, gain, louder, inverse, away = layer
         weights = jnp.square(attention.astype(jnp.float32))
         received = einsum("...k,...hkj,h->...j", square, weights, jnp.square(gain))
-        return square + received * inverse, sqrt(square)
+        received = received * jnp.square(inverse)
+        more = away + louder[0]
+        largest = jnp.maximum(more, 0)
+        total = square * power(-2 * largest) + received * power(2 * (more - largest))
+        total, rest = split(total, -1)
+        half = (rest + 1) // 2
+        carry = total * power(rest - 2 * half), power_of_4 + largest + half
+        return carry, join(sqrt(square), power_of_4)
 
-    layers = (attention, head_gain.astype(jnp.float32), inverse[:-1])
-    return lax.scan(pass_layer, inverse[-1], layers, reverse=True)[1]
+    start = jnp.square(inverse[-1]), away[-1]
+    layers = (attention, gain, louder, inverse[:-1], away[:-1])
+    return lax.scan(pass_layer, start, layers, reverse=True)[1]
+
+
+def _inverse(token_scale):
+    """Returns 1 / token_scale as numbers up to 2, and exponents of each layer."""
+    # From all of float32's range, of which 1 / x would leave both ends.
+    numbers, exponents = split(token_scale.astype(jnp.float32)[..., None], -1)
+    numbers, exponents = numbers[..., 0], -exponents[..., 0]
+    largest = exponents.max(-1, keepdims=True)
+    numbers = jnp.where(numbers == 0, 2.0, numbers)
+    return power(exponents - largest) / numbers, largest

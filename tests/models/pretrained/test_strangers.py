@@ -362,6 +362,8 @@ def test_empty_weights_and_masses_of_wrong_ones(arrays):
     kernel = "patch_embed.proj.weight"
     with pytest.raises(UsageError, match=f"{kernel} has no elements"):
         opened(arrays | {kernel: np.zeros((10**9, 0, 4, 4), np.float32)})
+    none = {"reg_token": np.zeros((1, 0, 16), np.float32)}
+    assert opened(arrays | none).model.num_registers == 0
     with pytest.raises(UsageError, match=r"(?s)blocks\.0.*and \d+ more"):
         opened({name: array.astype(int) for name, array in arrays.items()})
 

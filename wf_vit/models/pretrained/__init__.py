@@ -254,9 +254,11 @@ def _read(
             f"The checkpoint is a {type(source).__name__}, expected a path, "
             "hf://owner/name, a state dict, or a module of timm or transformers."
         )
-    return infer(
-        arrays, hints, image_size=image_size, num_heads=num_heads, prefix=prefix
-    )
+    # Arrays of another rank than a layer has.
+    with explained("The checkpoint", "Its arrays have shapes of no known form."):
+        return infer(
+            arrays, hints, image_size=image_size, num_heads=num_heads, prefix=prefix
+        )
 
 
 def _checked(own: Checkpoint) -> Checkpoint:

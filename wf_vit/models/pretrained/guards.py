@@ -44,13 +44,13 @@ def explained(path: Path | str, advice: str) -> Iterator[None]:
     """Turns what goes wrong with a file into a usage error that names it.
 
     Args:
-      path: the file.
+      path: the file, or what stands for it in messages.
       advice: what to do, a sentence.
     """
     try:
         yield
     except UsageError as error:
-        if str(path) in str(error):
+        if not isinstance(path, Path) or str(path) in str(error):
             raise
         raise UsageError(f"{path}: {error}") from error
     except Exception as error:  # NumPy, zipfile, json, Orbax: each has its own.
@@ -191,7 +191,9 @@ def _problem(array: np.ndarray) -> str:
         quantised = ", quantised weights, which are not supported: dequantise them"
         return f"is {array.dtype}{quantised if small else ''}"
     if not array.size:
-        return f"has no elements, shape {array.shape}"
+        # Transformers save the registers of a model that has none.
+        none = array.ndim == 3 and array.shape[:2] == (1, 0)
+        return "" if none else f"has no elements, shape {array.shape}"
     return "" if _is_finite(array) else "has NaN or infinity"
 
 

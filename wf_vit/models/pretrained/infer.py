@@ -293,6 +293,12 @@ def _readout(
     if "representation/kernel" in parameters:
         readout["representation_size"] = parameters["representation/kernel"].shape[-1]
     if "head/kernel" in parameters:
+        shape = parameters["head/kernel"].shape
+        if len(shape) != 2:
+            raise UsageError(
+                f"The head, {origin.get('head/kernel')}, has the shape {shape}, "
+                "expected two axes: load the checkpoint without it."
+            )
         inputs, readout["num_classes"] = parameters["head/kernel"].shape
         if inputs == 2 * attributes["width"]:
             pool = "cls_mean"
