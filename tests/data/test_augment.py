@@ -171,3 +171,31 @@ def test_erasing_puts_noise_of_the_stated_area_in_a_box():
 def test_wrong_settings_are_named(settings, size, message):
     with pytest.raises(UsageError, match=message):
         _augment(_config(**settings), *_batch(size))
+
+
+def test_an_image_whose_partner_is_missing_is_not_mixed():
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (4, 8, 8, 3), np.uint8))
+    labels = jnp.arange(4)
+    keys = augment.example_keys(jax.random.key(0), 0, 4)
+    mixing = Augmentation(mixup_probability=0.5, cutmix_probability=0.5)
+
+    def mixed(images, mask, augmentation):
+        return augment.augment_batch(
+            keys,
+            images,
+            labels,
+            num_classes=4,
+            augmentation=augmentation,
+            mask=None if mask is None else jnp.array(mask),
+        )
+
+    plain_images, plain_targets = mixed(images, None, Augmentation())
+    whole_images, whole_targets = mixed(images, None, mixing)
+    masked = images.at[1].set(0)
+    got_images, got_targets = mixed(masked, [True, False, True, True], mixing)
+    np.testing.assert_array_equal(got_images[0], plain_images[0])
+    np.testing.assert_array_equal(got_targets[0], plain_targets[0])
+    np.testing.assert_array_equal(got_images[2:], whole_images[2:])
+    np.testing.assert_array_equal(got_targets[2:], whole_targets[2:])
+    assert (np.asarray(whole_images[0]) != np.asarray(plain_images[0])).any()

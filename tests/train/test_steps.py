@@ -46,8 +46,11 @@ def random_batch(seed=0):
     }
 
 
-def run(experiment, *, devices, count=2, teacher=None, **changes):
-    """Runs steps on ``devices`` devices, or on one within a larger program."""
+def run(experiment, *, devices, count=2, teacher=None, batch=random_batch, **changes):
+    """Runs steps on ``devices`` devices, or on one within a larger program.
+
+    ``batch`` makes the batch of a step from its number.
+    """
     step = partial(
         steps.train_step,
         model=experiment["model"],
@@ -65,7 +68,7 @@ def run(experiment, *, devices, count=2, teacher=None, **changes):
     now = state.init_state(params, experiment["optimizer"], ema=True)
     history = []
     for index in range(count):
-        now, metrics = mapped(now, shard(random_batch(index)))
+        now, metrics = mapped(now, shard(batch(index)))
         history.append({k: float(v) for k, v in metrics.items()})
     return now, history
 
@@ -88,6 +91,81 @@ def test_four_devices_equal_one(experiment):
     )
     difference = np.abs(flat(one.params) - flat(four.params))
     assert np.mean(difference < 1e-5) > 0.99
+
+
+def test_examples_may_lie_anywhere(experiment):
+    """The randomness of an example is that of its place, as processes take them."""
+    places = np.arange(BATCH).reshape(2, -1, 2, 2)[:, ::-1].reshape(-1).astype(np.int32)
+
+    def moved(index):
+        batch = {name: array[places] for name, array in random_batch(index).items()}
+        return {**batch, "place": places}
+
+    _, history = run(experiment, devices=4)
+    _, moved_history = run(experiment, devices=4, batch=moved)
+    for a, b in zip(history, moved_history, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("accumulate_steps", [1, 4])
+def test_masked_examples_count_for_nothing(experiment, devices, accumulate_steps):
+    """A pair is missing; without it, the loss is the mean over the others."""
+    if devices * accumulate_steps > 4:
+        accumulate_steps = 2
+    mask = np.arange(BATCH) // 2 != 2
+
+    def masked(index):
+        batch = random_batch(index)
+        batch["image"][~mask] = 0
+        return {**batch, "mask": mask}
+
+    def without(index):
+        places = np.flatnonzero(mask).astype(np.int32)
+        batch = {name: array[mask] for name, array in random_batch(index).items()}
+        return {**batch, "place": places}
+
+    _, (expected,) = run(experiment, devices=1, count=1, batch=without)
+    _, (found,) = run(
+        experiment,
+        devices=devices,
+        count=1,
+        batch=masked,
+        accumulate_steps=accumulate_steps,
+    )
+    assert found.pop("examples_skipped") == 2
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_guidance_looks_at_real_examples_only(experiment):
+    def masked(index):
+        return {**random_batch(index), "mask": np.arange(BATCH) // 2 != 2}
+
+    def altered(index):
+        batch = masked(index)
+        batch["image"][~batch["mask"]] ^= 255
+        return batch
+
+    training = resolve(
+        experiment["config"], DataInfo(tuple("0123456789"), {"train": 1000}, (8, 8))
+    )
+    guided = training.objective.guidance
+    histories = [
+        run(experiment, devices=4, count=1, batch=batch, guidance=guided)[1]
+        for batch in (masked, altered)
+    ]
+    assert histories[0][0]["guidance_loss"] > 0
+    assert histories[0][0] == pytest.approx(histories[1][0], rel=1e-5)
+
+
+def test_a_batch_without_a_real_example_has_no_loss(experiment):
+    def nothing(index):
+        return {**random_batch(index), "mask": np.zeros(BATCH, bool)}
+
+    state, (found,) = run(experiment, devices=4, count=1, batch=nothing)
+    assert found["examples_skipped"] == BATCH
+    assert found["loss"] == found["top1"] == found["gradient_norm"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 def test_micro_batches_give_the_same_gradient(experiment):

@@ -112,8 +112,12 @@ class Shards:
             tf.clip_by_value(tf.cast(bound, tf.int64) - starts, 0, self.takes)
             for bound in (begin, end)
         )
+        paths = [os.fsencode(path) for path in self.paths]
+        if on_error == "skip":
+            usable = map(_is_readable, self.paths)
+            paths = [p if u else b"" for p, u in zip(paths, usable, strict=True)]
         parts = {
-            "path": tf.constant([os.fsencode(path) for path in self.paths]),
+            "path": tf.constant(paths),
             "number": tf.constant(self.numbers, tf.int64),
             "skip": first + self.skips,
             "take": last - first,
@@ -137,10 +141,17 @@ class Shards:
 
     def _records(self, file: dict[str, tf.Tensor], on_error: str) -> tf.data.Dataset:
         adapter = file_adapters.ADAPTER_FOR_FORMAT[self.file_format]
-        records = adapter.make_tf_data(file["path"])
         if on_error == "skip":
+            # A file that cannot be opened would be tried again for ever.
+            there = tf.io.matching_files(
+                tf.strings.regex_replace(file["path"], r"([\[\]*?\\])", r"[\1]")
+            )
+            found = tf.data.Dataset.from_tensor_slices(there)
             lost = tf.data.Dataset.from_tensors(b"").repeat(file["length"])
-            records = records.ignore_errors().concatenate(lost)
+            records = found.flat_map(adapter.make_tf_data).ignore_errors()
+            records = records.concatenate(lost)
+        else:
+            records = adapter.make_tf_data(file["path"])
         records = records.skip(file["skip"]).take(file["take"])
         # A file that ends early would shift all that follows.
         records = records.apply(tf.data.experimental.assert_cardinality(file["take"]))
@@ -200,10 +211,12 @@ def check_files(
         present = _present(paths)
         missing = [path for path in paths if os.path.basename(path) not in present]
         empty = [p for p in paths if here and p not in missing and not _size(p)]
-        unusable = len(missing) + len(empty)
+        closed = [path for path in paths if not _is_readable(path)]
+        unusable = len({*missing, *empty, *closed})
         problems = [
             *(f"{printable(path)} is missing" for path in missing),
             *(f"{printable(path)} is empty" for path in empty),
+            *(f"{printable(path)} may not be read" for path in closed),
             *(
                 f"{printable(path)} is one too many"
                 for path in _surplus(paths, present)
@@ -244,6 +257,10 @@ def _present(paths: Sequence[str]) -> set[str]:
         if tf.io.gfile.isdir(folder):
             names |= set(tf.io.gfile.listdir(folder))
     return names
+
+
+def _is_readable(path: str) -> bool:
+    return "://" in path or not os.path.exists(path) or os.access(path, os.R_OK)
 
 
 def _size(path: str) -> int:
