@@ -332,11 +332,14 @@ def test_names_that_are_no_text_can_be_read_and_printed(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"min_area": 0.0}, "config.data.min_area is 0.0, expected more than 0"),
+        ({"min_area": 0.0}, "config.data.min_area is 0.0: expected a number above 0"),
         ({"min_area": float("nan")}, "config.data.min_area is nan"),
-        ({"crop": "center"}, "config.data.crop is 'center', expected one of"),
-        ({"pad": -1}, "config.data.pad is -1, expected 0"),
-        ({"crop": "pad", "pad": 32}, "config.data.pad is 32.* at most 31 to reflect"),
+        ({"crop": "center"}, "config.data.crop is 'center': expected one of"),
+        ({"pad": -1}, "config.data.pad is -1: expected a whole number"),
+        (
+            {"crop": "pad", "pad": 32},
+            "config.data.pad is 32.* at most 31 can be",
+        ),
         ({"pad_mode": "wrap"}, "config.data.pad_mode is 'wrap'"),
         ({"eval_resize": 0.0}, "config.data.eval_resize is 0.0"),
         ({"resize_method": "best"}, "config.data.resize_method is 'best'"),
