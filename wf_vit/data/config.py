@@ -177,7 +177,7 @@ class DataConfig:
     shuffle_buffer: int = setting(
         50_000,
         "undecoded records held to shuffle from, over all processes, on top of the "
-        "files'; large sets are shuffled in up to 16 groups, each with its part",
+        "files'; large sets are shuffled in up to 64 groups, each with its part",
         low=1,
         high=LARGEST_COUNT,
     )
