@@ -218,7 +218,7 @@ def _train(
     elif done.step >= durations.total:
         _LOG.info("All %d steps are done already.", durations.total)
         return state, run.evaluate(state.eval_params, stopping)
-    if not stop:
+    if not stop and done.step < durations.total:
         _LOG.info("Step %d of %d compiles first.", done.step + 1, durations.total)
         batches = run.train_batches(done.examples)
     for step in range(done.step + 1, durations.total + 1):
