@@ -297,6 +297,9 @@ Keys: --config.KEY=VALUE changes one, such as --config.batch_size=256.
   --config=NAME --help lists all of a config with their values, ranges and meanings.
 
 --workdir: the folder of the results (default: runs/NAME, or runs/NAME_ARGUMENT).
+
+Exit status: 0 done; 1 the run cannot go on; 2 something given cannot work;
+{stops.STATUS} stopped by SIGTERM or Ctrl-C, to be run again.
 """
 
 
