@@ -10,6 +10,8 @@ from typing import Any
 import absl.logging
 from absl import flags
 
+from wf_vit import stops
+
 
 def show_own_log() -> None:
     """Shows what this program logs, and of its libraries only the errors.
@@ -46,5 +48,7 @@ def _hide_abandoned_operations() -> None:
 
 
 def _show_unless_abandoned(show: Callable[[Any], None], unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+    # A stop that was raised where Python lets nothing through is answered later.
+    stop = isinstance(unraisable.exc_value, stops.Stopped)
+    if not stop and str(unraisable.exc_value) != "Event loop is closed":
         show(unraisable)

@@ -26,6 +26,10 @@ STATUS = 75
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+# How long it may then take to clean up. The exception of a signal is lost if it comes
+# within a destructor, and then nothing else would end the run.
+_CLEANING = 30.0
+
 # How long a run that has nothing to save may take to notice a signal, in seconds. It
 # notices none while it compiles, which can take minutes.
 _PATIENCE = 3.0
@@ -122,7 +126,7 @@ def deferred(kept: str) -> Iterator[None]:
     Raises:
       Stopped: at the end, if a stop was asked for and the inside did not look.
     """
-    check(kept)
+    check("What was finished is kept.")
     _current.deferrals += 1
     try:
         yield
@@ -143,7 +147,7 @@ def _notice(number: int, frame: FrameType | None) -> None:
 def _watch(ours: socket.socket, seen: _Signals) -> None:
     """Sees every signal as it comes, whatever the main thread does."""
     count = 0
-    while received := ours.recv(1):
+    while received := _received(ours, seen):
         if received[0] not in _SIGNALS:
             continue
         count += 1
@@ -155,7 +159,19 @@ def _watch(ours: socket.socket, seen: _Signals) -> None:
             _LOG.info("Stopping soon, by %s; a second signal leaves at once.", name)
         elif not seen.noticed.wait(_PATIENCE):
             _leave(str(stopped("What was finished is kept.")), STATUS)
+        else:
+            ours.settimeout(_CLEANING)
     ours.close()
+
+
+def _received(ours: socket.socket, seen: _Signals) -> bytes:
+    """Returns the next signal; leaves if a run that should have stopped goes on."""
+    while True:
+        try:
+            return ours.recv(1)
+        except TimeoutError:
+            if not seen.deferrals:
+                _leave(str(stopped("What was finished is kept.")), STATUS)
 
 
 def _leave(message: str, status: int) -> None:
