@@ -105,3 +105,22 @@ def test_other_threads_leave_the_signals_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_is_lost_in_a_destructor_is_answered_later():
+    """Python lets no exception out of it."""
+
+    class Dying:
+        def __del__(self):
+            send()
+
+    def body():
+        Dying()
+        assert stops.asked() == "SIGTERM"
+        with stops.deferred("Never reached."):
+            pass
+
+    error = signalled(body)
+    assert isinstance(error, stops.Stopped)
+    assert "What was finished is kept" in str(error)
