@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon
+from matplotlib.quiver import Quiver
 
 from tests.paper import assert_fits_the_paper
 from wf_vit import figures
@@ -24,7 +25,8 @@ LAYERS, HEADS = 3, 2
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 255, (32, 48, 3), dtype=np.uint8)
 IMPACT = RNG.gamma(0.5, size=(LAYERS, PATCHES, PATCHES)).astype(np.float32)
-EXTENTS = RNG.gamma(2.0, size=(LAYERS, 2, HEADS, PATCHES, 4)).astype(np.float32)
+LEARNED = RNG.gamma(2.0, size=(LAYERS, 2, HEADS, PATCHES, 4)).astype(np.float32)
+LEARNED[..., :2] -= 2
 HEADS_FIELD = responsive_field(jnp.asarray(np.stack([IMPACT] * HEADS, 1)), GRID)
 
 
@@ -38,7 +40,7 @@ def rows(offset=0.0):
     ]
 
 
-MANY_HEADS = np.tile(EXTENTS, (4, 1, 7, 1, 1))
+MANY_HEADS = np.tile(LEARNED, (4, 1, 7, 1, 1))
 FIGURES = {
     "training_curves": lambda: figures.training_curves(
         {"ViT": rows(), "WinfT": rows()}
@@ -52,7 +54,7 @@ FIGURES = {
         np.stack([IMAGE, IMAGE]), MANY_HEADS, GRID, source="WinfT"
     ),
     "learned_beside_measured": lambda: figures.learned_beside_measured(
-        IMAGE, EXTENTS[:, 0], HEADS_FIELD, GRID, source="WinfT · mean attention"
+        IMAGE, LEARNED[:, 0], HEADS_FIELD, GRID, source="WinfT · mean attention"
     ),
 }
 
@@ -160,55 +162,63 @@ def test_depth_profile_keeps_heads_at_their_layer():
 
 def test_learned_areas_are_those_of_the_model():
     np.testing.assert_allclose(
-        figures.learned_areas(EXTENTS[0], GRID, 0.5),
-        make_fields(jnp.asarray(EXTENTS[0]), grid=GRID, softness=0.5).area(),
+        figures.learned_areas(LEARNED[0], GRID),
+        make_fields(jnp.asarray(LEARNED[0]), grid=GRID).area(),
         rtol=1e-4,
     )
 
 
+def outlines(panel):
+    """Lowest and highest x and y of the ellipses on a panel."""
+    points = [p.get_xy() for p in panel.patches if isinstance(p, Polygon)]
+    return [(*xy.min(0), *xy.max(0)) for xy in points]
+
+
 def test_learned_fields_draw_each_head_of_the_given_patch():
     patch = GRID[1] + 2  # Row 1, column 2.
-    extents = EXTENTS.copy()
-    extents[:, 1, :, patch] = [[1, 0.5, 2, 1.5], [0.25, 1, 0.25, 2]]
+    learned = LEARNED.copy()
+    half = 1 / geometry.HALF
+    learned[:, 1, :, patch] = [[0.5, 0.25, half, half / 2], [-1, 0, 2 * half, 9]]
     images = np.stack([IMAGE, IMAGE])
-    figure = figures.learned_fields(images, extents, GRID, patches=[0, patch])
+    figure = figures.learned_fields(images, learned, GRID, patches=[0, patch])
     second_row = figure.axes[LAYERS : 2 * LAYERS]
     for panel in second_row:
-        boxes = [p for p in panel.patches if isinstance(p, Rectangle)]
         np.testing.assert_allclose(
-            [(*b.get_xy(), b.get_width(), b.get_height()) for b in boxes],
-            [(1, 0.5, 3, 2), (1.75, 0, 0.5, 3)],
+            outlines(panel),
+            # The second is wider than the grid, and cut at its frame.
+            [(1.5, 0.75, 3.5, 1.75), (-0.5, -0.5, 3, GRID[0] - 0.5)],
+            atol=1e-3,
         )
-        assert len({to_hex(b.get_edgecolor()) for b in boxes}) == HEADS
+        assert len({to_hex(p.get_edgecolor()) for p in panel.patches}) == HEADS
+        arrows = [c for c in panel.collections if isinstance(c, Quiver)]
+        assert [(a.U.item(), a.V.item()) for a in arrows] == [(0.5, 0.25), (-1, 0)]
 
 
-def test_the_patch_shown_has_fields_of_unlike_size():
-    extents = np.ones((LAYERS, 1, HEADS, PATCHES, 4), np.float32)
+def test_the_patch_shown_has_fields_unlike_the_others():
+    learned = np.ones((LAYERS, 1, HEADS, PATCHES, 4), np.float32)
     patch = GRID[1] + 2
-    extents[:, :, :, patch] = 2
-    # As wide as any, but to one side alone, as at a border.
-    extents[:, :, :, GRID[1] + 3] = [2, 1, 0, 1]
-    figure = figures.learned_fields(IMAGE[None], extents, GRID)
+    learned[..., patch, 2:] = 2
+    figure = figures.learned_fields(IMAGE[None], learned, GRID)
     for panel in figure.axes[:LAYERS]:
         (mark,) = (line.get_xydata() for line in panel.lines)
         np.testing.assert_allclose(mark, [(2, 1)])
 
 
-def test_learned_beside_measured_has_boxes_above_and_masks_below():
+def test_learned_beside_measured_has_ellipses_above_and_masks_below():
     patch = 8
     mask = np.zeros((LAYERS, HEADS, PATCHES, PATCHES), bool)
     mask[:, :, patch, patch] = True
     mask[:, 0, patch, patch + 1] = True  # Half of the heads are enough for the line.
     field = HEADS_FIELD._replace(mask=mask)
-    figure = figures.learned_beside_measured(
-        IMAGE, np.full_like(EXTENTS[:, 0], 0.5), field, GRID, patch=patch
-    )
+    learned = np.zeros_like(LEARNED[:, 0])
+    learned[..., 2:] = 0.5 / geometry.HALF
+    figure = figures.learned_beside_measured(IMAGE, learned, field, GRID, patch=patch)
     x, y = geometry.coordinates(GRID)[patch]
     for above, below in zip(
         figure.axes[:LAYERS], figure.axes[LAYERS : 2 * LAYERS], strict=True
     ):
-        boxes = [p for p in above.patches if isinstance(p, Rectangle)]
-        assert [b.get_width() for b in boxes] == [1.0] * HEADS
+        around = (x - 0.5, y - 0.5, x + 0.5, y + 0.5)
+        np.testing.assert_allclose(outlines(above), [around] * HEADS, atol=1e-3)
         assert not below.patches
         (line,) = (c for c in below.collections if isinstance(c, LineCollection))
         ends = np.concatenate(line.get_segments())
@@ -219,9 +229,9 @@ def test_learned_beside_measured_has_boxes_above_and_masks_below():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.learned_fields(np.stack([IMAGE] * 2), EXTENTS, (5, 5)),
+        lambda: figures.learned_fields(np.stack([IMAGE] * 2), LEARNED, (5, 5)),
         lambda: figures.learned_beside_measured(
-            IMAGE, EXTENTS[:, 0], HEADS_FIELD, (5, 5)
+            IMAGE, LEARNED[:, 0], HEADS_FIELD, (5, 5)
         ),
     ],
 )
@@ -232,11 +242,11 @@ def test_a_wrong_grid_is_an_error(draw):
 
 def test_learned_and_measured_fields_must_belong_together(no_type_checks):
     with pytest.raises(UsageError, match=r"\(3, 2, 24, 24\).*= \[2, 2, 24, 24\]"):
-        figures.learned_beside_measured(IMAGE, EXTENTS[:2, 0], HEADS_FIELD, GRID)
+        figures.learned_beside_measured(IMAGE, LEARNED[:2, 0], HEADS_FIELD, GRID)
 
 
-def test_images_extents_and_patches_must_belong_together():
+def test_images_fields_and_patches_must_belong_together():
     with pytest.raises(UsageError, match="1 images"):
-        figures.learned_fields(IMAGE[None], EXTENTS, GRID)
+        figures.learned_fields(IMAGE[None], LEARNED, GRID)
     with pytest.raises(UsageError, match="1 patches were given for 2 images"):
-        figures.learned_fields(np.stack([IMAGE] * 2), EXTENTS, GRID, patches=[3])
+        figures.learned_fields(np.stack([IMAGE] * 2), LEARNED, GRID, patches=[3])

@@ -88,10 +88,10 @@ def test_a_recording_is_what_the_model_records(model_class, images):
     np.testing.assert_allclose(got.logits, logits, atol=1e-5)
     np.testing.assert_allclose(got.tokens, out["tokens"], atol=1e-5)
     if model_class is ViT:
-        assert got.extents is None
+        assert got.gaussians is None
     else:
-        extents = np.stack([out["fields"][layer].extents for layer in (1, 0)])
-        np.testing.assert_allclose(got.extents, extents, rtol=1e-5)
+        gaussians = np.stack([out["fields"][layer].gaussians for layer in (1, 0)])
+        np.testing.assert_allclose(got.gaussians, gaussians, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [None, (1,)])

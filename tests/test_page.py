@@ -34,7 +34,8 @@ OTHER = ALL_OTHER[..., 2:, 2:]
 EFFECT = RNG.normal(size=(LAYERS, TOKENS, TOKENS)).astype(np.float32)
 BY_LAYER = EFFECT.sum(1)[:, 2:]
 CAT = page.ClassEffect(EFFECT, BY_LAYER.sum(0), BY_LAYER, "<cat>", 0.625)
-EXTENTS = RNG.gamma(2.0, size=(LAYERS, HEADS, PATCHES, 4)).astype(np.float32)
+LEARNED = RNG.gamma(2.0, size=(LAYERS, HEADS, PATCHES, 4)).astype(np.float32)
+LEARNED[..., :2] -= 2
 
 
 def build(**options):
@@ -42,7 +43,7 @@ def build(**options):
         "mean": page.Indicator(ALL_FUSED, ALL_HEADS),
         "other": page.Indicator(ALL_OTHER),
     }
-    given = {"prefix": PREFIX, "class_effect": CAT, "extents": EXTENTS, "mass": MASS}
+    given = {"prefix": PREFIX, "class_effect": CAT, "learned": LEARNED, "mass": MASS}
     options = given | options
     return page.explorer(IMAGE, indicators, GRID, **options)
 

@@ -10,11 +10,11 @@ from tests.explorer import TOLERANCE, Explorer, assert_shows, percent
 from tests.test_page import (
     ALL_FUSED,
     CAT,
-    EXTENTS,
     FUSED,
     GRID,
     HEAD_IMPACT,
     LAYERS,
+    LEARNED,
     MASS,
     OTHER,
     PATCHES,
@@ -23,6 +23,7 @@ from tests.test_page import (
     build,
     meta,
 )
+from wf_vit import grid as geometry
 from wf_vit.fields import responsive_field
 
 
@@ -61,12 +62,12 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
     explorer.press("H")  # As with Shift or Caps Lock.
     explorer.until(lambda: "head 0" in explorer.read(".patch"))
     assert_shows(explorer, 15, HEAD_IMPACT[2, 0])
-    learned = re.findall(r"([\d.]+) (?:left|up|ri|do)", explorer.read("p.learned"))
-    np.testing.assert_allclose(
-        [float(number) for number in learned],
-        np.minimum(EXTENTS[2, 0, 15], max(GRID)),
-        atol=0.06,
-    )
+    words = explorer.read("p.learned")
+    x, y, across, down = map(float, re.findall(r"[\d.]*\d", words))
+    x, y = x * (-1 if "left" in words else 1), y * (-1 if "up" in words else 1)
+    centre, widths = np.split(LEARNED[2, 0, 15], 2)
+    np.testing.assert_allclose([x, y], centre, atol=0.06)
+    np.testing.assert_allclose([across, down], geometry.HALF * widths, atol=0.06)
     assert explorer.complaints() == []
 
 

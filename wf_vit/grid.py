@@ -14,6 +14,9 @@ from wf_vit.errors import UsageError
 
 Grid = tuple[int, int]
 
+# Standard deviations from the centre of a Gaussian to where it is half as high.
+HALF = math.sqrt(2 * math.log(2))
+
 
 def infer_grid(
     num_tokens: int, *, num_prefix_tokens: int, grid: Grid | None = None

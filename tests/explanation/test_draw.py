@@ -19,6 +19,7 @@ from tests.explanation.example import (
     make_config,
 )
 from tests.explorer import Explorer, assert_shows
+from wf_vit import grid as geometry
 from wf_vit.explanation import draw
 from wf_vit.explanation.explanation import Explanation
 from wf_vit.explanation.task import explain
@@ -74,13 +75,12 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
     )
     explain(config, tmp_path)
     explanation = Explanation.load(tmp_path / "images/a")
-    # Untrained fields have the initial radius of their layer on every side.
-    radii = 1.0 + np.arange(LAYERS).reshape(-1, 1, 1, 1)
-    np.testing.assert_allclose(
-        explanation.learned.extents,
-        np.broadcast_to(radii, (LAYERS, HEADS, PATCHES, 4)),
-        rtol=1e-5,
-    )
+    # Untrained fields lie around their patch and have the initial size of their layer.
+    assert explanation.learned.shape == (LAYERS, HEADS, PATCHES, 4)
+    assert not np.any(explanation.learned[..., :2])
+    for layer, fields in enumerate(explanation.learned):
+        reach = geometry.HALF * fields[..., 2:]
+        np.testing.assert_allclose(reach, 1.0 + layer, rtol=1e-5)
     assert explanation.field_heads.extents.shape == (LAYERS, HEADS, PATCHES, 4)
     learned = draw.image_drawings(explanation)["learned"]()
     assert [panel.get_ylabel() for panel in learned.axes] == [

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wf_vit import grid as geometry
 from wf_vit.models import controls, registry
 from wf_vit.models.attention import DROPPED
 from wf_vit.models.registry import ModelConfig
@@ -57,7 +58,8 @@ def test_gaussian_bias_is_the_log_of_a_gaussian():
     module = controls.GaussianBias(num_heads=HEADS, grid=GRID, config=config, layer=2)
     bias = bias_of(module, tokens(prefix=0))
     for i, j, dx, dy in pairs():
-        expected = [-(dx**2 + dy**2) / (2 * s**2) for s in (1.0, 2.5, 1.0)]
+        widths = [extent / geometry.HALF for extent in (1.0, 2.5, 1.0)]
+        expected = [-(dx**2 + dy**2) / (2 * s**2) for s in widths]
         np.testing.assert_allclose(bias[0, :, i, j], expected, rtol=1e-5)
     assert not module.init(jax.random.key(0), tokens())
 
@@ -85,13 +87,13 @@ def test_windows_are_square_and_grow_with_depth():
 
 
 def test_static_fields_are_the_predicted_ones_of_features_that_say_nothing():
-    config = FieldConfig(extents=(1.0, 2.0), softness=0.7, threshold=0.05)
+    config = FieldConfig(extents=(1.0, 2.0), threshold=0.05)
     options = {"num_heads": HEADS, "grid": GRID, "config": config, "layer": 1}
     static, predicted = controls.StaticFields(**options), PredictedFields(**options)
     x = tokens()
     got = static.apply(static.init(jax.random.key(0), x), x)
     expected = predicted.apply(predicted.init(jax.random.key(0), x), x)
-    np.testing.assert_allclose(got.extents, expected.extents, rtol=1e-6)
+    np.testing.assert_allclose(got.gaussians, expected.gaussians, rtol=1e-6)
     np.testing.assert_allclose(
         got.log_membership(), expected.log_membership()[:1], rtol=1e-5
     )

@@ -93,8 +93,8 @@ def test_layers_and_fields_scale_the_whole_update():
             np.testing.assert_allclose(scaled[names], expected, rtol=1e-6)
         kernel = ("patches", "kernel")
         np.testing.assert_allclose(scaled[kernel], whole[kernel] * decay**3, rtol=1e-6)
-        extents = ("blocks_0", "attention", "field", "extents", "kernel")
-        np.testing.assert_allclose(scaled[extents], whole[extents] * fields, rtol=1e-6)
+        kernel = ("blocks_0", "attention", "field", "gaussians", "kernel")
+        np.testing.assert_allclose(scaled[kernel], whole[kernel] * fields, rtol=1e-6)
 
 
 def test_adam_sees_the_gradient_of_wide_fields():

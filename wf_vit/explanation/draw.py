@@ -87,9 +87,8 @@ def image_drawings(
     if e.learned is not None:
         drawings["learned"] = of(
             figures.learned_beside_measured,
-            e.learned.extents,
+            e.learned,
             e.field_heads,
-            softness=e.learned.softness,
             patch=first,
         )
     by_head = None if e.field_heads is None else e.field_heads.area.mean(-1)
@@ -194,7 +193,7 @@ def page_html(
         e.grid,
         prefix=e.prefix,
         class_effect=effect,
-        extents=None if e.learned is None else e.learned.extents,
+        learned=e.learned,
         layers=e.layers.tolist(),
         mass=mass,
         title=title,

@@ -19,7 +19,7 @@ from wf_vit.workdir import opened_arrays, replacing
 IMAGES = "images"
 DATA = "data.npz"
 # Of what the file holds; it changes when older files cannot be read any more.
-FORMAT = 2
+FORMAT = 3
 
 # Interactions are stored in so many steps: few tokens in fine ones, many in coarse
 # ones, as their number grows with the fourth power of the image's side.
@@ -63,18 +63,10 @@ ARRAYS = {
     "class/...": "if a class was asked for: its index, name and probability, and "
     "effect/..., [L, N, N]: what each interaction adds to its logit, coded like an "
     "impact, with a bit for each negative one in effect/negative",
-    "learned/extents": "[L, H, P, 4]: of a window-free transformer: how far its "
-    "learned fields extend to the left, top, right and bottom",
-    "learned/softness": "[]: width of the learned fields' border, in patches",
+    "learned": "[L, H, P, 4]: the learned fields of a window-free transformer, in "
+    "patches: centre (x, y) relative to the patch, and widths (standard deviations) in "
+    "x and y",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned:
-    """The learned fields of a window-free transformer, in one image."""
-
-    extents: Float[np.ndarray, "L H P 4"]
-    softness: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +122,7 @@ class Explanation:
     components: Float[np.ndarray, "P 3"] | None = None
     relative_error: Float[np.ndarray, " L"] | None = None
     class_effect: ClassEffect | None = None
-    learned: Learned | None = None
+    learned: Float[np.ndarray, "L H P 4"] | None = None
 
     def patch_impact(self) -> Float[np.ndarray, "L P P"]:
         """Returns the main indicator's impact of patches on patches."""
@@ -169,7 +161,7 @@ class Explanation:
             if field is not None:
                 members = field._asdict() | {"mask": np.packbits(field.mask, axis=-1)}
                 arrays |= {f"{part}/{k}": v for k, v in members.items()}
-        for part in ("components", "relative_error"):
+        for part in ("components", "relative_error", "learned"):
             if getattr(self, part) is not None:
                 arrays[part] = getattr(self, part)
         if self.class_effect is not None:
@@ -178,9 +170,6 @@ class Explanation:
                 arrays[f"class/{part}"] = np.array(getattr(c, part))
             arrays |= _coded("class/effect", np.abs(c.effect))
             arrays["class/effect/negative"] = np.packbits(c.effect < 0, axis=-1)
-        if self.learned is not None:
-            learned = dataclasses.asdict(self.learned)
-            arrays |= {f"learned/{k}": v for k, v in learned.items()}
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / DATA) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -214,7 +203,7 @@ class Explanation:
             members["mask"] = np.unpackbits(members["mask"], axis=-1, count=count) > 0
             return Field(**members)
 
-        learned, prefix = group("learned"), tuple(arrays["prefix"].tolist())
+        prefix = tuple(arrays["prefix"].tolist())
         return cls(
             photograph=arrays["photograph"],
             grid=tuple(arrays["grid"].tolist()),
@@ -231,9 +220,7 @@ class Explanation:
             components=arrays.get("components"),
             relative_error=arrays.get("relative_error"),
             class_effect=_class_effect(group("class"), len(prefix)),
-            learned=Learned(learned["extents"], learned["softness"].item())
-            if learned
-            else None,
+            learned=arrays.get("learned"),
         )
 
 

@@ -12,7 +12,7 @@ from wf_vit import fields, figures, measure
 from wf_vit import indicators as matrices
 from wf_vit.arrays import takes_arrays
 from wf_vit.errors import UsageError
-from wf_vit.explanation.explanation import ClassEffect, Explanation, Learned
+from wf_vit.explanation.explanation import ClassEffect, Explanation
 from wf_vit.grid import Grid, infer_grid
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.vit import ViT
@@ -135,8 +135,8 @@ def explain_batch(
         grid=model.grid,
     )
     stacked["relative_error"] = error
-    learned = isinstance(model, WindowFreeViT)
-    stacked["extents"] = recording.extents if learned else None
+    if isinstance(model, WindowFreeViT):
+        stacked["learned"] = recording.gaussians
     stacked["effect"] = None if effect is None else effect.signed
     stacked, tokens, logits = jax.device_get(
         (stacked, recording.tokens, recording.logits)
@@ -144,7 +144,7 @@ def explain_batch(
     explanations = []
     for b, photograph in enumerate(photographs):
         arrays = jax.tree.map(lambda x, b=b: x[:, b], stacked)
-        extents, signed = arrays.pop("extents"), arrays.pop("effect")
+        signed = arrays.pop("effect")
         for part in ("impact", "impact_heads"):  # JAX sorted them by name.
             named = arrays[part]
             arrays[part] = {n: named[n] for n in settings.indicators if n in named}
@@ -159,7 +159,6 @@ def explain_batch(
                 class_effect=None
                 if signed is None
                 else _class_effect(int(classes[b]), signed, logits[b], loaded),
-                learned=Learned(extents, model.fields.softness) if learned else None,
                 **arrays,
             )
         )

@@ -7,7 +7,7 @@ the photograph stays visible where nothing happens; legends show the same colour
 light and on dark. ``source`` names model and indicator, once, at the foot. Save inside
 ``style()``, so that text stays text in a PDF:
 
-    figure = learned_fields(images, extents, grid=(14, 14))
+    figure = learned_fields(images, gaussians, grid=(14, 14))
     with style():
         figure.savefig("fields.pdf")
         figure.savefig("fields.png")

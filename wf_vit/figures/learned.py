@@ -14,6 +14,7 @@ from wf_vit.figures import choice, layout
 from wf_vit.figures import panels as draw
 from wf_vit.figures.curves import areas_over_depth
 from wf_vit.figures.style import COLUMN, looks, style
+from wf_vit.grid import HALF
 
 # Rows and columns at most: what is readable in a column of a paper.
 _IMAGES, _LAYERS = 3, 5
@@ -21,10 +22,9 @@ _IMAGES, _LAYERS = 3, 5
 
 def learned_fields(
     images: UInt8[Any, "_ height width 3"],
-    extents: Float[Any, "L B H P 4"],
+    gaussians: Float[Any, "L B H P 4"],
     grid: geometry.Grid,
     *,
-    softness: float = 0.5,
     patches: choice.Patches | None = None,
     source: str = "",
     width: float = COLUMN,
@@ -32,18 +32,18 @@ def learned_fields(
     """Draws a window-free transformer's learned fields over real images.
 
     One row an image, the first three; one column a layer, at most five: the fields of
-    one patch, a box for each head where the border's membership is one half, over the
-    image lit by the mean membership over heads (so the soft border shows). Below, how
-    the share of the grid that a field covers is distributed over images and patches,
-    layer by layer.
+    one patch, an ellipse for each head where its membership is one half, with an arrow
+    to its centre, over the image lit by the mean membership over heads. Below, how the
+    share of the grid that a field covers is distributed over images and patches, layer
+    by layer.
 
     Args:
       images: what the fields were predicted from.
-      extents: to the left, top, right and bottom of every patch, in patches.
+      gaussians: centre ``(x, y)`` of the fields relative to their patch and widths in x
+        and y, in patches.
       grid: ``(GH, GW)``.
-      softness: of the fields' border, in patches.
       patches: the patch to show in each image; by default the one whose learned
-        fields differ most in size from the image's mean, over layers and heads.
+        fields differ most from the image's mean, over layers and heads.
       source: the model, drawn once at the foot.
       width: of the figure, in inches.
 
@@ -51,21 +51,21 @@ def learned_fields(
       A figure with a panel for each image and layer, and one of areas.
 
     Raises:
-      UsageError: the extents do not fit the images or the grid.
+      UsageError: the fields do not fit the images or the grid.
     """
-    extents = choice.shaped("extents", extents, "L B H P 4", grid)
+    gaussians = choice.shaped("gaussians", gaussians, "L B H P 4", grid)
     images = [draw.check_photograph(image) for image in images]
-    if len(images) != extents.shape[1]:
+    if len(images) != gaussians.shape[1]:
         raise UsageError(
-            f"{len(images)} images were given with extents of {extents.shape[1]}: "
-            "pass the images that the extents [L, B, H, P, 4] were predicted from."
+            f"{len(images)} images were given with fields of {gaussians.shape[1]}: "
+            "pass the images that the fields [L, B, H, P, 4] were predicted from."
         )
-    layers = choice.spread(len(extents), _LAYERS)
-    titles = choice.layer_titles(layers, len(extents), None)
+    layers = choice.spread(len(gaussians), _LAYERS)
+    titles = choice.layer_titles(layers, len(gaussians), None)
     shown = images[:_IMAGES]
     if patches is None:
         patches = [
-            choice.telling_patches(_unlike_the_mean(extents[:, b]), grid)[0]
+            choice.telling_patches(_unlike_the_mean(gaussians[:, b]), grid)[0]
             for b in range(len(shown))
         ]
     if len(patches) != len(shown):
@@ -84,10 +84,9 @@ def learned_fields(
         )
         for b, (image, patch) in enumerate(zip(shown, patches, strict=True)):
             for panel, layer in zip(panels[b], layers, strict=True):
-                own = extents[layer, b, :, patch]
-                _lit_fields(panel, image, own, patch, grid, softness)
+                _lit_fields(panel, image, gaussians[layer, b, :, patch], patch, grid)
         panel = layout.footer_axes(figure, foot)
-        areas_over_depth(panel, learned_areas(extents, grid, softness))
+        areas_over_depth(panel, learned_areas(gaussians, grid))
     return figure
 
 
@@ -97,7 +96,6 @@ def learned_beside_measured(
     measured: Field,
     grid: geometry.Grid,
     *,
-    softness: float = 0.5,
     patch: SupportsIndex | None = None,
     source: str = "",
     layer_names: Sequence[int] | None = None,
@@ -105,17 +103,16 @@ def learned_beside_measured(
 ) -> Figure:
     """Draws the fields that a window-free transformer learned and those it uses.
 
-    A learned field is a box. A measured one is the smallest set of patches that holds
+    A learned field is a Gaussian, drawn where its membership is one half. A measured one is the smallest set of patches that holds
     its mass (``Field.mask``); the line is around the patches that at least half of the
     heads hold. Both are lit by the mean over heads.
 
     Args:
       image: the photograph.
-      learned: extents of the learned fields to the left, top, right and bottom, in
-        patches.
+      learned: centre ``(x, y)`` of the learned fields relative to their patch and
+        widths in x and y, in patches.
       measured: the heads' responsive fields, ``[L, H, P, ...]``.
       grid: ``(GH, GW)``.
-      softness: of the learned fields' border, in patches.
       patch: whose fields; by default the one that is part of the measured fields of
         some but not of others (``telling_patches`` of the masks).
       source: model and indicator, drawn once at the foot.
@@ -143,12 +140,11 @@ def learned_beside_measured(
             [layout.Block(titles, ("learned", "measured"))],
             grid,
             width,
-            note="Boxes: one for each head. White line: held by half of the heads.",
+            note="Ellipses: one for each head. White line: held by half of the heads.",
             source=source,
         )
         for (upper, lower), layer in zip(panels.T, layers, strict=True):
-            own = learned[layer, :, patch]
-            _lit_fields(upper, image, own, patch, grid, softness)
+            _lit_fields(upper, image, learned[layer, :, patch], patch, grid)
             held = mask[layer, :, patch].mean(0)
             draw.photograph(lower, image, grid)
             draw.dim(lower, held, grid)
@@ -157,44 +153,42 @@ def learned_beside_measured(
     return figure
 
 
-def _unlike_the_mean(extents):
-    """Returns how far widths and heights of fields [L, H, P, 4] are from their mean.
+def _unlike_the_mean(gaussians):
+    """Returns how far the fields [L, H, P, 4] of each patch are from their mean.
 
-    Not the extents, whose two sides differ near the border of any picture.
+    The logs of the widths and the centre in widths: fields of all sizes count alike.
     """
-    sizes = extents[..., :2] + extents[..., 2:]
-    return np.abs(sizes - sizes.mean(2, keepdims=True)).mean((0, 1, 3))
+    widths = gaussians[..., 2:]
+    numbers = np.concatenate([gaussians[..., :2] / widths, np.log(widths)], -1)
+    return np.abs(numbers - numbers.mean(2, keepdims=True)).mean((0, 1, 3))
 
 
 def learned_areas(
-    extents: Float[np.ndarray, "*batch P 4"], grid: geometry.Grid, softness: float
+    gaussians: Float[np.ndarray, "*batch P 4"], grid: geometry.Grid
 ) -> Float[np.ndarray, "*batch P"]:
     """Returns the mean membership over keys: the share of the grid attended to."""
-    rows, columns = _profiles(extents, geometry.coordinates(grid), grid, softness)
+    rows, columns = _profiles(gaussians, geometry.coordinates(grid), grid)
     return rows.mean(-1) * columns.mean(-1)
 
 
-def _profiles(extents, positions, grid, softness):
+def _profiles(gaussians, positions, grid):
     """Returns the membership of every grid row and column, [..., GH] and [..., GW]."""
 
-    def inside(x):
-        return 0.5 * (1 + np.tanh(0.5 * x / softness))
+    def profile(size, axis):
+        centre = positions[..., axis] + gaussians[..., axis]
+        apart = np.arange(size) - centre[..., None]
+        return np.exp(-0.5 * np.square(apart / gaussians[..., 2 + axis, None]))
 
-    def profile(size, position, before, after):
-        offset = np.arange(size) - position[..., None]
-        return inside(offset + before[..., None]) * inside(after[..., None] - offset)
-
-    left, top, right, bottom = np.moveaxis(extents, -1, 0)
-    x, y = np.moveaxis(positions, -1, 0)
-    return profile(grid[0], y, top, bottom), profile(grid[1], x, left, right)
+    return profile(grid[0], 1), profile(grid[1], 0)
 
 
-def _lit_fields(panel, image, extents, patch, grid, softness):
+def _lit_fields(panel, image, gaussians, patch, grid):
     """Draws one patch's fields [H, 4]: lit by mean membership, outlined per head."""
     position = geometry.coordinates(grid)[patch]
-    rows, columns = _profiles(extents, position[None], grid, softness)
+    rows, columns = _profiles(gaussians, position[None], grid)
     draw.photograph(panel, image, grid)
-    draw.dim(panel, np.einsum("hy,hx->yx", rows, columns) / len(extents), grid)
-    for look, own in zip(looks(), extents, strict=False):
-        draw.box(panel, position, own, grid, look)
+    draw.dim(panel, np.einsum("hy,hx->yx", rows, columns) / len(gaussians), grid)
+    for look, own in zip(looks(), gaussians, strict=False):
+        draw.ellipse(panel, position + own[:2], HALF * own[2:], grid, look)
+        draw.arrows(panel, position[None], own[None, :2], color=look["color"])
     draw.mark(panel, position)

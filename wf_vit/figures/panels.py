@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.collections import LineCollection
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon
 from matplotlib.patheffects import Normal, Stroke
 
 from wf_vit.arrays import as_array
@@ -88,11 +88,12 @@ def outline(panel, mask, grid):
     )
 
 
-def box(panel, position, extents, grid, look):
-    """Outlines a field, cut at the frame so that every side stays visible."""
-    low = np.maximum(position - extents[:2], -0.5)
-    high = np.minimum(position + extents[2:], (grid[1] - 0.5, grid[0] - 0.5))
-    panel.add_patch(Rectangle(low, *(high - low), fill=False, lw=0.9, **look))
+def ellipse(panel, centre, radii, grid, look):
+    """Outlines an ellipse, cut at the frame so that every side stays visible."""
+    angles = np.linspace(0, 2 * np.pi, 97)
+    points = centre + radii * np.stack([np.cos(angles), np.sin(angles)], -1)
+    points = points.clip(-0.5, (grid[1] - 0.5, grid[0] - 0.5))
+    panel.add_patch(Polygon(points, fill=False, lw=0.9, joinstyle="round", **look))
 
 
 def arrows(panel, position, displacement, *, width=0.014, color="white"):

@@ -3,9 +3,10 @@
 Each changes the attention logits by where the patches lie, not by what they show; all
 else is ``ViT``. They answer, in turn, whether the gain of a window-free transformer
 is that of knowing positions (``RelativeBiasViT``, the bias of Swin, arXiv 2103.14030),
-of locality (``GaussianViT``, ``GrowingWindowViT``), or of rectangular fields that
-every head learns but no patch predicts (``StaticFieldViT``). A window or a width is
-``FieldConfig.extents_of`` the layer, so that all start from the same locality.
+of locality (``GaussianViT``, ``GrowingWindowViT``), or of fields that every head
+learns but no patch predicts (``StaticFieldViT``). Windows reach as far as fields
+extend at first, ``FieldConfig.extents_of`` the layer, so that all start from the same
+locality.
 """
 
 import functools
@@ -25,7 +26,7 @@ from wf_vit.models.windowfree import (
     FieldConfig,
     FieldModule,
     LearnedFields,
-    inverse_softplus,
+    gaussians_of,
     make_fields,
 )
 
@@ -94,7 +95,7 @@ class RelativeBias(nn.Module):
 class GaussianBias(FieldModule):
     """``-d^2 / (2 s^2)`` for patches at a distance d: a Gaussian of width s.
 
-    ``config.extents`` and ``config.growth`` are the widths of the heads. There are no
+    It is the fields that a window-free transformer starts from. There are no
     parameters.
     """
 
@@ -105,12 +106,10 @@ class GaussianBias(FieldModule):
         patches: Int[Array, "B kept"] | None = None,
     ) -> PositionBias:
         """Returns the bias."""
-        widths = self.config.extents_of(self.num_heads, self.grid, self.layer)
-        # Through the softplus of a learned extent, rounding included.
-        start = jnp.asarray(inverse_softplus(widths), jnp.float32)
-        widths = jax.nn.softplus(start)[:, None, None]
-        squares = jnp.square(geometry.distances(self.grid))[None]
-        return among(-squares / (2 * jnp.square(widths)), patches)
+        widths = self.config.widths_of(self.num_heads, self.grid, self.layer)
+        squares = np.square(geometry.distances(self.grid))[None]
+        bias = -squares / (2 * np.square(widths)[:, None, None])
+        return among(jnp.asarray(bias, jnp.float32), patches)
 
 
 class WindowBias(FieldModule):
@@ -143,21 +142,20 @@ class StaticFields(FieldModule):
     ) -> LearnedFields:
         """Returns the fields; unless patches are given, those of one image for all."""
         start = self.config.start(self.num_heads, self.grid, self.layer)
-        raw = self.param("extents", lambda key: jnp.asarray(start, jnp.float32))
+        raw = self.param("gaussians", lambda key: jnp.asarray(start, jnp.float32))
         if patches is None:
             batch, count = 1, self.grid[0] * self.grid[1]
         else:
             batch, count = patches.shape
-        extents = jax.nn.softplus(raw)[None, :, None]
+        gaussians = gaussians_of(raw)[None, :, None]
         fields = make_fields(
-            jnp.broadcast_to(extents, (batch, self.num_heads, count, 4)),
+            jnp.broadcast_to(gaussians, (batch, self.num_heads, count, 4)),
             grid=self.grid,
-            softness=self.config.softness,
             threshold=self.config.threshold,
             patches=patches,
         )
         shape = (len(x), self.num_heads, count, 4)
-        return fields.replace(extents=jnp.broadcast_to(extents, shape))
+        return fields.replace(gaussians=jnp.broadcast_to(gaussians, shape))
 
 
 class RelativeBiasViT(ViT):

@@ -20,7 +20,8 @@ class Recording(NamedTuple):
       values: value vectors.
       scale: what the layer norm before each chosen layer divides each token by, and,
         last, the final norm.
-      extents: of the learned fields of a model that has them, in patches; else None.
+      gaussians: the learned fields of a model that has them, as in
+        ``windowfree.LearnedFields``; else None.
       tokens: the residual stream after the final norm.
       pooled: what the head reads.
       logits: of the head, or the pooled representation of a model without one.
@@ -29,7 +30,7 @@ class Recording(NamedTuple):
     attention: Float[Array, "L B H N N"]
     values: Float[Array, "L B N H K"]
     scale: Float[Array, "layers_and_1 B N"]
-    extents: Float[Array, "L B H P 4"] | None
+    gaussians: Float[Array, "L B H P 4"] | None
     tokens: Float[Array, "B N D"]
     pooled: Float[Array, "B R"]
     logits: Float[Array, "B C"]
@@ -76,12 +77,12 @@ def forward(
     outputs = {"tokens": tokens, "cls": tokens[:, 0], "logits": logits}
     outputs["pooled"] = out["pooled"].astype(jnp.float32)
     records = [out["records"][layer] for layer in layers]
-    extents = [out["fields"][n].extents for n in layers if n in out["fields"]]
+    gaussians = [out["fields"][n].gaussians for n in layers if n in out["fields"]]
     return outputs, Recording(
         attention=jnp.stack([r["attention"] for r in records]),
         values=jnp.stack([r["values"] for r in records]),
         scale=jnp.stack([*(r["scale"] for r in records), out["scale"]]),
-        extents=jnp.stack(extents) if extents else None,
+        gaussians=jnp.stack(gaussians) if gaussians else None,
         tokens=tokens,
         pooled=outputs["pooled"],
         logits=logits,

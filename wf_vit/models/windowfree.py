@@ -1,16 +1,17 @@
 """WinfT, the window-free transformer: every patch learns the area it attends to.
 
 The name and the aim are the paper's (arXiv 2203.05922), the definition is ours. A
-patch's field in one head is four non-negative extents: how many patches it extends to
-the left, right, top and bottom. A key that lies ``(dx, dy)`` from the query belongs to
-the field with the membership m,
+patch's field in one head is a Gaussian, which lies where the patch tends to and is as
+wide and as high as it needs: a centre ``(x, y)`` relative to the patch, and a width
+``(sx, sy)``, all in patches. A key that lies ``(dx, dy)`` from the query belongs to the
+field with the membership m,
 
-    log m = ls((dx + left) / t) + ls((right - dx) / t)
-          + ls((dy + top) / t) + ls((bottom - dy) / t),
+    log m = -((dx - x) / sx)^2 / 2 - ((dy - y) / sy)^2 / 2 .
 
-with ls the log of the sigmoid and t the softness in patches. It is a sum of a
-profile over the columns and one over the rows, so it costs P * (GH + GW)
-transcendental operations per head, not P * P.
+It is a sum of a profile over the columns and one over the rows, so it costs
+P * (GH + GW) operations per head, not P * P, until it is added to the logits. The
+membership is one half on an ellipse, which reaches ``grid.HALF`` widths from the
+centre.
 """
 
 import dataclasses
@@ -31,6 +32,11 @@ from wf_vit.models.attention import DROPPED
 from wf_vit.models.vit import ViT
 from wf_vit.settings import ANY, setting
 
+# In patches: the nearest key of a field this narrow loses 8 of its logit.
+_LEAST_WIDTH = 0.25
+# Of the bend above it: widths that are twice the least one are hardly bent.
+_SHARPNESS = 4.0
+
 
 @struct.dataclass
 class LearnedFields:
@@ -39,7 +45,8 @@ class LearnedFields:
     The leaves are untyped, since JAX also fills the tree with shapes and specs.
 
     Attributes:
-      extents: to the left, top, right and bottom, in patches, [B, H, P, 4].
+      gaussians: centre ``(x, y)`` relative to the patch and widths ``(sx, sy)``, in
+        patches, [B, H, P, 4].
       log_rows: log membership of every grid row from each query, [B, H, P, GH].
       log_columns: log membership of every grid column, likewise [B, H, P, GW].
       patches: which patches of the grid these are, and so are the keys, [B, P]; None
@@ -47,7 +54,7 @@ class LearnedFields:
       threshold: keys with a membership below it are dropped; 0 drops none.
     """
 
-    extents: Any
+    gaussians: Any
     log_rows: Any
     log_columns: Any
     patches: Any = None
@@ -84,70 +91,80 @@ class LearnedFields:
 
 
 def make_fields(
-    extents: Float[Array, "B H P 4"],
+    gaussians: Float[Array, "B H P 4"],
     *,
     grid: geometry.Grid,
-    softness: float,
     threshold: float = 0.0,
     patches: Int[Array, "B P"] | None = None,
 ) -> LearnedFields:
-    """Turns extents into fields.
+    """Turns centres and widths into fields.
 
     Args:
-      extents: to the left, top, right and bottom of each patch, in patches.
+      gaussians: centre ``(x, y)`` relative to each patch and widths ``(sx, sy)``, in
+        patches.
       grid: ``(GH, GW)``.
-      softness: width of the field's border, in patches.
       threshold: keys with a membership below it are dropped, but never the patch
         itself; 0 drops none.
-      patches: which patches of the grid the extents are of; None for all of them.
+      patches: which patches of the grid the fields are of; None for all of them.
 
     Returns:
-      The fields, in the dtype of ``extents``.
+      The fields, in the dtype of ``gaussians``.
     """
     position = jnp.asarray(geometry.coordinates(grid))[None]
     if patches is not None:
         position = position[0, patches]
-    left, top, right, bottom = (
-        side[..., None] for side in jnp.moveaxis(extents, -1, 0)
-    )
 
-    def profile(keys, queries, before, after):
-        offset = keys[None, None, None] - queries[:, None, :, None]
-        inside = jax.nn.log_sigmoid
-        return inside((offset + before) / softness) + inside(
-            (after - offset) / softness
-        )
+    def profile(size: int, axis: int) -> Float[Array, "B H P size"]:
+        keys = np.arange(size, dtype=np.float32)
+        centre = position[:, None, :, axis] + gaussians[..., axis]
+        apart = keys[None, None, None] - centre[..., None]
+        return -0.5 * jnp.square(apart / gaussians[..., 2 + axis, None])
 
-    rows = np.arange(grid[0], dtype=np.float32)
-    columns = np.arange(grid[1], dtype=np.float32)
     return LearnedFields(
-        extents=extents,
-        log_rows=profile(rows, position[..., 1], top, bottom),
-        log_columns=profile(columns, position[..., 0], left, right),
+        gaussians=gaussians,
+        log_rows=profile(grid[0], 1),
+        log_columns=profile(grid[1], 0),
         patches=patches,
         threshold=threshold,
     )
 
 
-def inverse_softplus(x: np.ndarray) -> np.ndarray:
+def gaussians_of(raw: Float[Array, "*batch 4"]) -> Float[Array, "*batch 4"]:
+    """Returns the centres and widths that a layer's raw numbers stand for.
+
+    The last two are logs of widths, but no width falls below ``_LEAST_WIDTH``: a field
+    without any patch in it would learn nothing. The first two are the centre in units
+    of the widths, so that fields of all sizes move at the same rate.
+    """
+    sharp = _SHARPNESS * (raw[..., 2:] - math.log(_LEAST_WIDTH))
+    widths = _LEAST_WIDTH * jnp.exp(jax.nn.softplus(sharp) / _SHARPNESS)
+    return jnp.concatenate([raw[..., :2] * widths, widths], -1)
+
+
+def raw_width(width: np.ndarray) -> np.ndarray:
+    """Returns what `gaussians_of` makes a width of, which is above the least one."""
+    beyond = _SHARPNESS * np.log(width / _LEAST_WIDTH)
+    return math.log(_LEAST_WIDTH) + _inverse_softplus(beyond) / _SHARPNESS
+
+
+def _inverse_softplus(x: np.ndarray) -> np.ndarray:
     """Returns y with log(1 + exp(y)) = x, for x > 0; exact also for large x."""
     return x + np.log(-np.expm1(-x))
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldConfig:
-    """How the fields of a model start and how sharp they are.
+    """How the fields of a model start.
 
     Raises:
       UsageError: a value is out of its range.
     """
 
-    # 0 is near enough to the border of the grid for a gradient.
     extents: tuple[float, ...] = setting(
         (1.0,),
-        "patches that the fields of the first layer extend to each side at first, for "
-        "each head, or fewer to cycle over the heads; 0 just covers the grid, so that "
-        "the model starts as a ViT",
+        "patches from the centre to where the membership is one half, of the first "
+        "layer's fields at first, for each head, or fewer to cycle over the heads; 0 "
+        "covers the grid, so that the model starts as a ViT",
         length=ANY,
         low=0,
         high=10_000,
@@ -158,9 +175,6 @@ class FieldConfig:
         "the layer before, until they cover the grid",
         low=0,
         high=10_000,
-    )
-    softness: float = setting(
-        0.5, "width of a field's border, in patches", above=0, high=10_000
     )
     # It has no parameters, so it may be changed after training, or in the course of it.
     threshold: float = setting(
@@ -178,18 +192,25 @@ class FieldConfig:
     ) -> Float[np.ndarray, " H"]:
         """Returns the initial extent of every head of a layer, in patches."""
         extents = np.resize(np.asarray(self.extents, np.float64), num_heads)
-        # The farthest key of a corner then loses 2 exp(-12) of its logit, 1e-5.
-        wide = max(grid) - 1 + 12 * self.softness
-        most = np.maximum(extents, max(grid) - 1)
-        grown = np.minimum(extents + layer * self.growth, most)
+        across = max(grid) - 1
+        grown = np.minimum(extents + layer * self.growth, np.maximum(extents, across))
+        # The farthest key of a corner then loses 1e-5 of its logit.
+        wide = geometry.HALF * max(across, 1) * 10**2.5
         return np.where(extents == 0, wide, grown)
+
+    def widths_of(
+        self, num_heads: int, grid: geometry.Grid, layer: int
+    ) -> Float[np.ndarray, " H"]:
+        """Returns the initial width of every head of a layer, in patches."""
+        widths = self.extents_of(num_heads, grid, layer) / geometry.HALF
+        return np.maximum(widths, 1.01 * _LEAST_WIDTH)
 
     def start(
         self, num_heads: int, grid: geometry.Grid, layer: int
     ) -> Float[np.ndarray, "H 4"]:
-        """Returns what the extents of a layer's new fields are the softplus of."""
-        extents = inverse_softplus(self.extents_of(num_heads, grid, layer))
-        return np.repeat(extents[:, None], 4, axis=1)
+        """Returns the raw numbers of a layer's new fields: around the patch itself."""
+        widths = raw_width(self.widths_of(num_heads, grid, layer))
+        return np.stack([0 * widths, 0 * widths, widths, widths], axis=1)
 
 
 class FieldModule(nn.Module):
@@ -198,7 +219,7 @@ class FieldModule(nn.Module):
     Attributes:
       num_heads: H.
       grid: ``(GH, GW)``.
-      config: how the fields start and how sharp they are.
+      config: how the fields start.
       layer: which layer of the model this is, from 0.
     """
 
@@ -230,12 +251,11 @@ class PredictedFields(FieldModule):
             (self.num_heads, 4),
             kernel_init=nn.initializers.zeros,
             bias_init=lambda key, shape, dtype: jnp.asarray(start, dtype),
-            name="extents",
+            name="gaussians",
         )(features)
         return make_fields(
-            jnp.moveaxis(jax.nn.softplus(raw), 2, 1),
+            gaussians_of(jnp.moveaxis(raw, 2, 1)),
             grid=self.grid,
-            softness=self.config.softness,
             threshold=self.config.threshold,
             patches=patches,
         )
@@ -248,7 +268,7 @@ class WindowFreeViT(ViT):
     and the same parameters, it computes exactly what ``ViT`` does.
 
     Attributes:
-      fields: how the fields start and how sharp they are.
+      fields: how the fields start.
     """
 
     fields: FieldConfig = FieldConfig()

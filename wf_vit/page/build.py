@@ -63,7 +63,7 @@ def explorer(
     *,
     prefix: Sequence[str] = (),
     class_effect: ClassEffect | None = None,
-    extents: Float[np.ndarray, "L H P 4"] | None = None,
+    learned: Float[np.ndarray, "L H P 4"] | None = None,
     layers: Sequence[int] | None = None,
     mass: float = 0.9,
     title: str = "Patch interactions",
@@ -83,8 +83,8 @@ def explorer(
       grid: ``(GH, GW)``.
       prefix: names of the prefix tokens, which come first in all interactions.
       class_effect: of a class, to be chosen from the menu, too.
-      extents: a window-free transformer's learned extents to the left, top, right and
-        bottom of every patch, in patches.
+      learned: a window-free transformer's learned fields, in patches: centre (x, y)
+        relative to each patch, and widths in x and y.
       layers: names of the layers, by default 0 to L - 1.
       mass: share of its impact that a patch's field holds.
       title: of the page.
@@ -98,7 +98,7 @@ def explorer(
       UsageError: the arrays do not fit each other or the grid, hold negative or
         non-finite numbers, or not even one layer fits into ``max_bytes``.
     """
-    num_layers = content.check(indicators, class_effect, grid, prefix, extents)
+    num_layers = content.check(indicators, class_effect, grid, prefix, learned)
     names = list(range(num_layers) if layers is None else layers)
     stacks = content.stacks_of(indicators, grid, mass, len(prefix))
     picture = _data_uri(image)
@@ -126,11 +126,10 @@ def explorer(
         if class_effect is not None:
             payload |= content.class_payload(class_effect, plan.kept, len(prefix))
             notes.append(content.class_note(class_effect, len(prefix)))
-        if extents is not None:
-            meta["learnedHeads"] = extents.shape[1]
-            # Beyond the grid's far side a longer extent changes nothing.
-            kept = np.minimum(extents[list(plan.kept)], max(grid))
-            payload["learned"] = coding.pack(coding.fixed_point(kept, LENGTH_STEPS))
+        if learned is not None:
+            meta["learnedHeads"] = learned.shape[1]
+            kept = coding.fixed_point(learned[list(plan.kept)], LENGTH_STEPS)
+            payload["learned"] = coding.pack(kept)
         text = _assemble(meta, payload, picture)
         if len(text.encode()) <= max_bytes:
             return text

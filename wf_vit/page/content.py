@@ -13,7 +13,7 @@ from wf_vit.errors import UsageError
 from wf_vit.grid import Grid
 from wf_vit.page import coding
 
-# Lengths (extents and arrows) are stored in steps of 1/64 patch.
+# Lengths (learned fields and arrows) are stored in steps of 1/64 patch.
 LENGTH_STEPS = 64
 
 # A signed effect keeps a bit for its sign.
@@ -63,7 +63,7 @@ def check(
     class_effect: ClassEffect | None,
     grid: Grid,
     prefix: Sequence[str],
-    extents: np.ndarray | None,
+    learned: np.ndarray | None,
 ) -> int:
     """Returns the number of layers that all arrays agree on.
 
@@ -100,12 +100,12 @@ def check(
                 )
     if class_effect is not None:
         fits("The effect on a class", class_effect.effect)
-    if extents is not None and (extents.shape[0], extents.shape[2]) != (
+    if learned is not None and (learned.shape[0], learned.shape[2]) != (
         num_layers,
         patches,
     ):
         raise UsageError(
-            f"extents have the shape {extents.shape}, expected [L, H, P, 4] with "
+            f"learned has the shape {learned.shape}, expected [L, H, P, 4] with "
             f"{num_layers} layers and {patches} patches."
         )
     return num_layers

@@ -220,11 +220,14 @@ const viewName = ({ layer, head }) =>
   `layer ${meta.layers[layer]}, ${head === FUSED ? "all heads" : `head ${head}`}`;
 const signedWords = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(2)}`;
 
-function extentsText(extents, limit = Infinity) {
-  const names = ["left", "up", "right", "down"];
-  return extents
-    .map((length, k) => `${length >= limit ? "≥ " : ""}${length.toFixed(1)} ${names[k]}`)
-    .join(", ");
+function learnedText({centre: [x, y], radii: [across, down]}) {
+  const limit = Math.max(ROWS, COLUMNS);
+  const reach = (length) => (length >= limit ? "all" : length.toFixed(1));
+  return (
+    `centre ${Math.abs(x).toFixed(1)} ${x < 0 ? "left" : "right"}, ` +
+    `${Math.abs(y).toFixed(1)} ${y < 0 ? "up" : "down"}; ` +
+    `half at ${reach(across)} across, ${reach(down)} down`
+  );
 }
 
 function strongest(values) {
@@ -495,19 +498,27 @@ class Panel {
     stroke(context, color, width * devicePixelRatio);
   }
 
-  drawBox(context, [left, top, right, bottom], color, width) {
-    const [x, y] = this.centre(state.patch);
-    const [w, h] = this.cell;
-    // Cut at the rim, so that no side of a wide field vanishes.
-    const inset = width * devicePixelRatio;
-    const low = [Math.max(x - left * w, inset), Math.max(y - top * h, inset)];
-    const high = [
-      Math.min(x + right * w, this.canvas.width - inset),
-      Math.min(y + bottom * h, this.canvas.height - inset),
-    ];
+  drawLearnedField(context, {centre, radii}) {
+    const at = this.centre(state.patch);
+    const [dx, dy] = centre.map((length, axis) => length * this.cell[axis]);
+    const size = [this.canvas.width, this.canvas.height];
+    const inset = 2 * devicePixelRatio;
     context.beginPath();
-    context.rect(...low, high[0] - low[0], high[1] - low[1]);
-    stroke(context, color, width * devicePixelRatio);
+    for (let step = 0; step <= 96; step++) {
+      const angle = (2 * Math.PI * step) / 96;
+      const round = [Math.cos(angle), Math.sin(angle)];
+      // Cut at the rim, so that no side of a wide field vanishes.
+      const point = size.map((length, axis) => {
+        const free = at[axis] + (centre[axis] + radii[axis] * round[axis]) * this.cell[axis];
+        return Math.min(Math.max(free, inset), length - inset);
+      });
+      context.lineTo(...point);
+    }
+    stroke(context, "#ffc233", inset);
+    context.setLineDash([]);
+    context.beginPath();
+    arrowPath(context, ...at, dx, dy, 8 * devicePixelRatio);
+    stroke(context, "#ffc233", inset);
   }
 
   drawArrows(context, stack, slice) {
@@ -531,19 +542,23 @@ class Panel {
     stroke(context, "#ffffff", devicePixelRatio);
   }
 
-  learnedExtents() {
+  learnedFields() {
     const heads = meta.learnedHeads;
     const chosen = this.view.head === FUSED ? [...Array(heads).keys()] : [Number(this.view.head)];
     return chosen.filter((head) => head < heads).map((head) => {
       const start = 4 * ((this.view.layer * heads + head) * PATCHES + state.patch);
-      return [...learned.subarray(start, start + 4)].map((steps) => steps / meta.lengthSteps);
+      const [x, y, sx, sy] = learned.subarray(start, start + 4);
+      const scale = 1 / meta.lengthSteps;
+      const half = Math.sqrt(2 * Math.log(2)) * scale;
+      return {centre: [x * scale, y * scale], radii: [sx * half, sy * half]};
     });
   }
 
   drawLearned(context) {
-    context.setLineDash([6 * devicePixelRatio, 3 * devicePixelRatio]);
-    for (const extents of this.learnedExtents()) this.drawBox(context, extents, "#ffc233", 2);
-    context.setLineDash([]);
+    for (const field of this.learnedFields()) {
+      context.setLineDash([6 * devicePixelRatio, 3 * devicePixelRatio]);
+      this.drawLearnedField(context, field);
+    }
   }
 
   /** All layers (down) and heads (across) of the chosen token, small. */
@@ -617,11 +632,11 @@ class Panel {
       "aria-label", `${viewName(this.view)}, ${titleOf(token).toLowerCase()}`,
     );
     this.writeField(stack, slice, token);
-    const learnedFields = learned && token < PATCHES ? this.learnedExtents() : [];
+    const learnedFields = learned && token < PATCHES ? this.learnedFields() : [];
     this.learned.hidden = learnedFields.length === 0;
     this.learned.textContent = learnedFields.length === 1
-      ? `Learned: ${extentsText(learnedFields[0], Math.max(ROWS, COLUMNS))}.`
-      : `Learned: ${learnedFields.length} boxes, one a head; choose a head for its numbers.`;
+      ? `Learned: ${learnedText(learnedFields[0])}.`
+      : `Learned: ${learnedFields.length} fields, one a head; choose a head for its numbers.`;
     const words = isSigned() ? signedWords : percent;
     const [listens, heard] = [strongest(to), strongest(by)];
     [...this.rows.rows].forEach((row, k) => {

@@ -59,9 +59,8 @@ def draw_pictures(
     if isinstance(model, WindowFreeViT):
         drawn = figures.learned_fields(
             images,
-            np.asarray(found.recording.extents),
+            np.asarray(found.recording.gaussians),
             model.grid,
-            softness=model.fields.softness,
         )
         pictures["learned_fields"] = _pixels(drawn)
     return pictures

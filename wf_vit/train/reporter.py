@@ -269,10 +269,8 @@ def save_figures(
     normal = augment.normalize(jnp.asarray(images), mean, std)
     _, out = jax.jit(model.apply)({"params": params}, normal)
     if out["fields"]:
-        extents = np.stack([f.extents for f in out["fields"].values()])
-        figure = figures.learned_fields(
-            images, extents, model.grid, softness=model.fields.softness
-        )
+        gaussians = np.stack([f.gaussians for f in out["fields"].values()])
+        figure = figures.learned_fields(images, gaussians, model.grid)
         _save(figure, workdir, "fields")
 
 
