@@ -1,8 +1,10 @@
-"""Self-attention with three uses: fused, recorded, and with an additive bias.
+"""Self-attention with three uses: plain, recorded, and with an additive bias.
 
-One layer serves every model of the package. Without a recording the fused
-``jax.nn.dot_product_attention`` runs; with one, the same arithmetic is written out,
-so that the attention weights and the values can be returned.
+One layer serves every model of the package. Queries are scaled, not the logits, of
+which there are many more. With a recording, and on a CPU, where that is faster, the
+arithmetic is written out; else ``jax.nn.dot_product_attention`` runs. Learned fields
+that can be folded into queries and keys (`windowfree.LearnedFields.fold`) are, unless
+the weights are recorded.
 """
 
 from collections.abc import Callable
@@ -46,18 +48,18 @@ class Bias(Protocol):
 
 
 def attend(
-    query: Float[Array, "B N H K"],
-    key: Float[Array, "B N H K"],
+    query: Float[Array, "B N H Q"],
+    key: Float[Array, "B N H Q"],
     value: Float[Array, "B N H K"],
     bias: Float[Array, "#B #H N N"] | None,
 ) -> tuple[Float[Array, "B N H K"], Float[Array, "B H N N"]]:
     """Scaled dot-product attention, with its weights.
 
     Args:
-      query: queries, not yet scaled.
+      query: queries, scaled.
       key: keys.
       value: values.
-      bias: is added to the scaled logits, or None.
+      bias: is added to the logits, or None.
 
     Returns:
       The heads' outputs in the dtype of ``value``, and the attention weights in
@@ -66,12 +68,23 @@ def attend(
     logits = jnp.einsum(
         "bnhk,bmhk->bhnm", query, key, preferred_element_type=jnp.float32
     )
-    logits = logits / jnp.sqrt(query.shape[-1]).astype(jnp.float32)
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1)
     output = jnp.einsum("bhnm,bmhk->bnhk", weights.astype(value.dtype), value)
     return output, weights
+
+
+def fused(
+    query: Float[Array, "B N H Q"],
+    key: Float[Array, "B N H Q"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "#B #H N N"] | None,
+) -> Float[Array, "B N H K"]:
+    """Returns the output of `attend`, as fast as the backend can."""
+    if jax.default_backend() == "cpu" or query.shape != value.shape:
+        return attend(query, key, value, bias)[0]
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
 
 
 class RelativePositions(nn.Module):
@@ -182,20 +195,24 @@ class SelfAttention(nn.Module):
                 self.num_heads, self.grid, name="relative_positions"
             )(x.shape[1] - count, patches)
             bias = own if bias is None else bias + own
+        query = query * query.shape[-1] ** -0.5
         fields = None
         if self.field is not None:
             field = self.field(num_heads=self.num_heads, name=FIELD)
             own = field(x, patches)
-            prefix = x.shape[1] - own.num_patches
-            field_bias = own.attention_bias(num_prefix_tokens=prefix)
-            bias = field_bias if bias is None else bias + field_bias
             fields = own if own.is_learned_field else None
+            if fields is not None and fields.folds(self.dtype) and not record:
+                query, key = fields.fold(query, key)
+            else:
+                prefix = x.shape[1] - own.num_patches
+                field_bias = own.attention_bias(num_prefix_tokens=prefix)
+                bias = field_bias if bias is None else bias + field_bias
         recorded = {}
         if record:
             output, weights = attend(query, key, value, bias)
             recorded = {"attention": weights, "values": value.astype(jnp.float32)}
         else:
-            output = jax.nn.dot_product_attention(query, key, value, bias=bias)
+            output = fused(query, key, value, bias)
         output = nn.DenseGeneral(
             width,
             axis=(-2, -1),

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
 from wf_vit import settings
-from wf_vit.models.attention import DROPPED
+from wf_vit.models.attention import DROPPED, Dtype
 from wf_vit.models.vit import ViT
 from wf_vit.settings import ANY, setting
 
@@ -88,6 +88,50 @@ class LearnedFields:
         """Returns the logits' bias; prefix tokens see and are seen by everything."""
         pad = (num_prefix_tokens, 0)
         return jnp.pad(self.log_membership(), ((0, 0), (0, 0), pad, pad))
+
+    def folds(self, dtype: Dtype) -> bool:
+        """Returns whether `fold` is exact enough in a dtype, and keeps every key."""
+        return dtype == jnp.float32 and not self.threshold
+
+    def fold(
+        self, query: Float[Array, "B N H K"], key: Float[Array, "B N H K"]
+    ) -> tuple[Float[Array, "B N H K+5"], Float[Array, "B N H K+5"]]:
+        """Returns queries and keys whose products have log m added to them.
+
+        The log of a Gaussian is a quadratic form of the key's position, so that five
+        more numbers for each query and key do what an [N, N] bias does. Positions are
+        counted from the middle of the grid, where their squares are least: what the
+        terms lose by cancelling is some 1e-7 of ``(side of the grid / width)^2``.
+
+        Args:
+          query: scaled, prefix tokens first.
+          key: likewise.
+        """
+        sides = (self.log_columns.shape[-1], self.log_rows.shape[-1])
+        middle = (np.array(sides, np.float32) - 1) / 2
+        position = geometry.coordinates(sides[::-1]) - middle
+        position = jnp.asarray(position)[None]
+        if self.patches is not None:
+            position = position[0, self.patches]
+        centre = position[:, None] + self.gaussians[..., :2]
+        precision = 1 / jnp.square(self.gaussians[..., 2:])
+        pulled = precision * centre
+        constant = (pulled * centre).sum(-1, keepdims=True)
+        ours = jnp.concatenate([-precision / 2, pulled, -constant / 2], -1)
+        one = jnp.ones_like(position[..., :1])
+        theirs = jnp.concatenate([jnp.square(position), position, one], -1)
+
+        def extend(x: Array, numbers: Array) -> Array:
+            shape = (*x.shape[:1], numbers.shape[1], *x.shape[2:3], numbers.shape[3])
+            numbers = jnp.broadcast_to(numbers, shape)
+            prefix = x.shape[1] - shape[1]
+            numbers = jnp.pad(numbers, ((0, 0), (prefix, 0), (0, 0), (0, 0)))
+            return jnp.concatenate([x, numbers], -1)
+
+        return (
+            extend(query, jnp.moveaxis(ours, 1, 2)),
+            extend(key, theirs[:, :, None]),
+        )
 
 
 def make_fields(
