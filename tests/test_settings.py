@@ -104,7 +104,7 @@ def test_a_declaration_has_a_range_that_holds_its_default(key):
         "model.num_registers=-1",
         "model.drop_path=1",
         "model.dtype=float64",
-        "model.fields.softness=nan",
+        "model.fields.growth=nan",
         "model.fields.extents=()",
         "data.pad=-1",
         "data.eval_resize=-1",

@@ -181,5 +181,6 @@ def test_a_field_moves_and_widens_towards_what_it_covers():
 
     gradient = jax.grad(gain)(jnp.zeros((1, 1, 15, 4)))[0, 0, 7]
     x, y, width, height = gradient
-    assert x > 0 and width > 0
+    assert x > 0
+    assert width > 0
     assert y == height == 0

@@ -103,9 +103,10 @@ def learned_beside_measured(
 ) -> Figure:
     """Draws the fields that a window-free transformer learned and those it uses.
 
-    A learned field is a Gaussian, drawn where its membership is one half. A measured one is the smallest set of patches that holds
-    its mass (``Field.mask``); the line is around the patches that at least half of the
-    heads hold. Both are lit by the mean over heads.
+    A learned field is a Gaussian, drawn where its membership is one half. A measured
+    one is the smallest set of patches that holds its mass (``Field.mask``); the line is
+    around the patches that at least half of the heads hold. Both are lit by the mean
+    over heads.
 
     Args:
       image: the photograph.
