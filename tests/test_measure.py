@@ -218,10 +218,13 @@ def test_propagated_impacts_converge_to_the_exact_jacobian(
     assert (got.relative_error[norm > 0] < 0.05).all()
 
 
-def test_cutting_one_interaction_changes_the_logit_as_predicted(params, images):
+@pytest.mark.parametrize("model_class", [ViT, WindowFreeViT])
+def test_cutting_one_interaction_changes_the_logit_as_predicted(model_class, images):
     """The cut is real; the difference to the prediction is of second order."""
+    model = model_class(**SIZES)
+    params = random_params(model)
     image = jnp.asarray(images[:1])
-    last = MODEL.depth - 1
+    last = model.depth - 1
     weak = jax.tree.map(lambda x: x, params)
     # A small step on the residual stream keeps the second order small.
     weak["blocks_1"] = {
@@ -229,13 +232,13 @@ def test_cutting_one_interaction_changes_the_logit_as_predicted(params, images):
         "attention_scale": 0.01 * params["blocks_1"]["attention_scale"],
     }
     effect = measure.propagate_logit(
-        MODEL, weak, images[:1], classes=1, layers=[last], prefix_tokens=True
+        model, weak, images[:1], classes=1, layers=[last], prefix_tokens=True
     )[0, 0]
 
     @jax.jit
     def logit(bias):
         biases = [None] * last + [bias]
-        return MODEL.apply({"params": weak}, image, bias=biases)[0][0, 1]
+        return model.apply({"params": weak}, image, bias=biases)[0][0, 1]
 
     whole = logit(jnp.zeros((1, 1, TOKENS, TOKENS)))
     for key in range(TOKENS):

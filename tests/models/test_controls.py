@@ -7,7 +7,7 @@ import pytest
 
 from wf_vit import grid as geometry
 from wf_vit.models import controls, registry
-from wf_vit.models.attention import DROPPED
+from wf_vit.models.attention import DROPPED, FIELD_NAMES, REPORT
 from wf_vit.models.registry import ModelConfig
 from wf_vit.models.windowfree import FieldConfig, PredictedFields
 
@@ -133,7 +133,11 @@ def test_a_control_is_a_vit_but_for_its_bias(name):
     assert registry.from_json(registry.to_json(control)) == control
     images = jax.random.normal(jax.random.key(4), (2, 12, 20, 3))
     noise = lambda p: p + 0.1 * jax.random.normal(jax.random.key(5), p.shape)  # noqa: E731
-    params = jax.tree.map(noise, control.init(jax.random.key(0), images)["params"])
+    params = jax.tree_util.tree_map_with_path(
+        # What heads write about where they listen is not the bias's.
+        lambda path, p: p if REPORT in str(path) else noise(p),
+        control.init(jax.random.key(0), images)["params"],
+    )
     config = ModelConfig(name="vit", variant="mu/4", **options)
     vit = registry.create_model(config, num_classes=3, image_size=(12, 20))
     biases, shared = [], {}
@@ -141,7 +145,8 @@ def test_a_control_is_a_vit_but_for_its_bias(name):
         own = {}
         if key.startswith("blocks_"):
             own = value["attention"].get("field", {})
-            rest = {k: v for k, v in value["attention"].items() if k != "field"}
+            whole = value["attention"]
+            rest = {k: v for k, v in whole.items() if k not in FIELD_NAMES}
             value = {**value, "attention": rest}
         shared[key] = value
         if key.startswith("blocks_"):
@@ -154,5 +159,5 @@ def test_a_control_is_a_vit_but_for_its_bias(name):
     np.testing.assert_allclose(got, expected, atol=1e-5)
     plain, _ = vit.apply({"params": shared}, images)
     assert np.abs(got - plain).max() > 1e-4
-    # Fields, with an area, are what is learned as rectangles; a mere bias is none.
+    # Fields, with an area, are what is learned; a mere bias is none.
     assert len(out["fields"]) == (2 if name == "static_fields" else 0)

@@ -184,3 +184,19 @@ def test_a_field_moves_and_widens_towards_what_it_covers():
     assert x > 0
     assert width > 0
     assert y == height == 0
+
+
+def test_heads_tell_where_they_listen_and_how_widely():
+    """The mean place of what is attended to, and its spread, from the four numbers."""
+    fields = make_fields(random_gaussians(), grid=GRID)
+    places = np.asarray(fields.places(num_prefix_tokens=2))
+    assert places.shape == (1, 17, 4)
+    assert not np.any(places[:, :2])
+    attention = np.random.default_rng(0).dirichlet(np.ones(15))
+    mean, square = np.split(attention @ places[0, 2:], 2)
+    positions = geometry.coordinates(GRID)
+    unit = positions.std(0)
+    expected = attention @ positions
+    np.testing.assert_allclose(mean * unit + positions.mean(0), expected, rtol=1e-5)
+    spread = attention @ (positions - expected) ** 2
+    np.testing.assert_allclose((square - mean**2) * unit**2, spread, rtol=1e-4)

@@ -22,8 +22,10 @@ from wf_vit.models.positions import Rotary, rotate
 
 Dtype = jnp.dtype | type
 
-# Under this name the parameters of a layer's fields are kept.
-FIELD = "field"
+# Under these names the parameters of a layer's fields are kept: of what predicts them,
+# and of what writes where each head listens to the residual stream.
+FIELD, REPORT = "field", "field_report"
+FIELD_NAMES = (FIELD, REPORT)
 
 # Added to the logits of a key that must not be attended to: exp() of it is exactly 0.
 DROPPED = -1e9
@@ -200,24 +202,34 @@ class SelfAttention(nn.Module):
         if self.field is not None:
             field = self.field(num_heads=self.num_heads, name=FIELD)
             own = field(x, patches)
+            prefix = x.shape[1] - own.num_patches
             fields = own if own.is_learned_field else None
             if fields is not None and fields.folds(self.dtype) and not record:
                 query, key = fields.fold(query, key)
             else:
-                prefix = x.shape[1] - own.num_patches
                 field_bias = own.attention_bias(num_prefix_tokens=prefix)
                 bias = field_bias if bias is None else bias + field_bias
-        recorded = {}
-        if record:
+        recorded, report = {}, None
+        if record or fields is not None:
             output, weights = attend(query, key, value, bias)
-            recorded = {"attention": weights, "values": value.astype(jnp.float32)}
+            if record:
+                recorded = {"attention": weights, "values": value.astype(jnp.float32)}
+            if fields is not None:
+                report = fields.report(weights).astype(self.dtype)
         else:
             output = fused(query, key, value, bias)
-        output = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            kernel_init=nn.initializers.xavier_uniform(),
-            dtype=self.dtype,
-            name="out",
-        )(output)
+
+        def write(x: Float[Array, "B N H K"], name: str, use_bias: bool) -> Array:
+            return nn.DenseGeneral(
+                width,
+                axis=(-2, -1),
+                use_bias=use_bias,
+                kernel_init=nn.initializers.xavier_uniform(),
+                dtype=self.dtype,
+                name=name,
+            )(x)
+
+        output = write(output, "out", True)
+        if report is not None:
+            output += write(report, REPORT, False)
         return output, fields, recorded

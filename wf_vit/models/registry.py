@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.models import controls
-from wf_vit.models.attention import FIELD
+from wf_vit.models.attention import FIELD_NAMES, REPORT
 from wf_vit.models.checks import ATTRIBUTES
 from wf_vit.models.positions import Rotary
 from wf_vit.models.vit import ViT
@@ -184,7 +184,7 @@ def adopt_fields(new: Params, loaded: Params, *, source: str) -> Params:
     """
     ours = traverse_util.flatten_dict(new, sep="/")
     theirs = traverse_util.flatten_dict(loaded, sep="/")
-    fresh = [n for n in ours if n not in theirs and FIELD in n.split("/")]
+    fresh = [n for n in ours if n not in theirs and set(FIELD_NAMES) & {*n.split("/")}]
     wrong = [n for n in ours if n not in theirs and n not in fresh]
     wrong += [n for n in theirs if n not in ours]
     if wrong:
@@ -194,6 +194,8 @@ def adopt_fields(new: Params, loaded: Params, *, source: str) -> Params:
         )
     if fresh:
         _LOG.info("Not in %s, so started afresh: %s", source, ", ".join(fresh))
+    # Zeros, so that what the model computes stays what it was.
+    ours |= {n: jnp.zeros_like(ours[n]) for n in fresh if REPORT in n.split("/")}
     taken = jax.tree.map(jnp.asarray, theirs)
     return traverse_util.unflatten_dict({**ours, **taken}, sep="/")
 

@@ -34,6 +34,8 @@ from wf_vit.settings import ANY, setting
 
 # In patches: the nearest key of a field this narrow loses 8 of its logit.
 _LEAST_WIDTH = 0.25
+# In patches^2, of what a head attends to: a single patch has none.
+_LEAST_VARIANCE = 0.1
 # Of the bend above it: widths that are twice the least one are hardly bent.
 _SHARPNESS = 4.0
 
@@ -78,6 +80,45 @@ class LearnedFields:
             log_m = jnp.where(kept, log_m, DROPPED)
         return log_m
 
+    def report(self, attention: Float[Array, "B H N N"]) -> Float[Array, "B N H 4"]:
+        """Returns where each head listens: how far away, and how widely.
+
+        The displacement ``(x, y)`` of the mean place that it attends to, in standard
+        deviations of the grid's positions, and the log of the variance around it in x
+        and in y, in patches^2. Prefix tokens have no place: as keys they are left out,
+        as queries they are in the middle.
+
+        Args:
+          attention: weights, prefix tokens first.
+        """
+        position, _ = self._positions()
+        prefix = ((0, 0), (attention.shape[-1] - position.shape[1], 0), (0, 0))
+        one = jnp.ones_like(position[..., :1])
+        keys = jnp.concatenate([position, jnp.square(position), one], -1)
+        keys = jnp.broadcast_to(
+            jnp.pad(keys, prefix), (len(attention), *attention.shape[-1:], 5)
+        )
+        moments = jnp.einsum("bhij,bjc->bihc", attention, keys)
+        moments = moments[..., :4] / jnp.maximum(moments[..., 4:], 1e-6)
+        mean, square = moments[..., :2], moments[..., 2:]
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        unit = np.std(geometry.coordinates(self._grid), axis=0).clip(min=0.1)
+        apart = mean - jnp.pad(position, prefix)[:, :, None]
+        apart = apart / jnp.asarray(unit, jnp.float32)[None, None, None]
+        return jnp.concatenate([apart, jnp.log(variance + _LEAST_VARIANCE)], -1)
+
+    @property
+    def _grid(self) -> geometry.Grid:
+        return self.log_rows.shape[-1], self.log_columns.shape[-1]
+
+    def _positions(self) -> tuple[Float[Array, "#B P 2"], Float[Array, "B H P 2"]]:
+        """Returns the patches and their centres, from the middle of the grid."""
+        whole = geometry.coordinates(self._grid)
+        position = jnp.asarray(whole - whole.mean(0))[None]
+        if self.patches is not None:
+            position = position[0, self.patches]
+        return position, position[:, None] + self.gaussians[..., :2]
+
     def area(self) -> Float[Array, "B H P"]:
         """Returns the mean membership over keys: the share of the grid attended to."""
         if self.threshold:
@@ -107,13 +148,7 @@ class LearnedFields:
           query: scaled, prefix tokens first.
           key: likewise.
         """
-        sides = (self.log_columns.shape[-1], self.log_rows.shape[-1])
-        middle = (np.array(sides, np.float32) - 1) / 2
-        position = geometry.coordinates(sides[::-1]) - middle
-        position = jnp.asarray(position)[None]
-        if self.patches is not None:
-            position = position[0, self.patches]
-        centre = position[:, None] + self.gaussians[..., :2]
+        position, centre = self._positions()
         precision = 1 / jnp.square(self.gaussians[..., 2:])
         pulled = precision * centre
         constant = (pulled * centre).sum(-1, keepdims=True)
@@ -220,6 +255,12 @@ class FieldConfig:
         low=0,
         high=10_000,
     )
+    hidden: int = setting(
+        32,
+        "width of the hidden layer that predicts the fields of a layer from a patch",
+        low=1,
+        high=100_000,
+    )
     # It has no parameters, so it may be changed after training, or in the course of it.
     threshold: float = setting(
         0.0,
@@ -291,12 +332,13 @@ class PredictedFields(FieldModule):
         count = self.grid[0] * self.grid[1] if patches is None else patches.shape[1]
         features = x[:, x.shape[1] - count :].astype(jnp.float32)
         start = self.config.start(self.num_heads, self.grid, self.layer)
+        hidden = nn.gelu(nn.Dense(self.config.hidden, name="hidden")(features))
         raw = nn.DenseGeneral(
             (self.num_heads, 4),
             kernel_init=nn.initializers.zeros,
             bias_init=lambda key, shape, dtype: jnp.asarray(start, dtype),
             name="gaussians",
-        )(features)
+        )(hidden)
         return make_fields(
             gaussians_of(jnp.moveaxis(raw, 2, 1)),
             grid=self.grid,

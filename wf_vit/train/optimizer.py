@@ -8,7 +8,7 @@ import optax
 from jaxtyping import PyTree
 
 from wf_vit import settings
-from wf_vit.models.attention import FIELD
+from wf_vit.models.attention import FIELD_NAMES
 from wf_vit.settings import setting
 from wf_vit.shapes import Params
 
@@ -146,7 +146,7 @@ def group_names(params: Params) -> PyTree[str]:
 
     def group(path: Sequence[jax.tree_util.DictKey]) -> str:
         names = [entry.key for entry in path]
-        if FIELD in names:
+        if any(name in FIELD_NAMES for name in names):
             return "fields"
         if names[0] in _EMBEDDING:
             return "embedding"
