@@ -9,7 +9,7 @@ from tests.networks import apply
 from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
 from wf_vit.models import parameters, recording
-from wf_vit.models.attention import DROPPED
+from wf_vit.models.attention import DROPPED, REPORT
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
 
@@ -222,7 +222,10 @@ def test_propagated_impacts_converge_to_the_exact_jacobian(
 def test_cutting_one_interaction_changes_the_logit_as_predicted(model_class, images):
     """The cut is real; the difference to the prediction is of second order."""
     model = model_class(**SIZES)
-    params = random_params(model)
+    # An indicator follows values; what heads report of their attention is left out.
+    params = jax.tree.map_with_path(
+        lambda path, x: 0 * x if REPORT in str(path) else x, random_params(model)
+    )
     image = jnp.asarray(images[:1])
     last = model.depth - 1
     weak = jax.tree.map(lambda x: x, params)

@@ -135,7 +135,7 @@ def test_a_control_is_a_vit_but_for_its_bias(name):
     noise = lambda p: p + 0.1 * jax.random.normal(jax.random.key(5), p.shape)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(
         # What heads write about where they listen is not the bias's.
-        lambda path, p: p if REPORT in str(path) else noise(p),
+        lambda path, p: 0 * p if REPORT in str(path) else noise(p),
         control.init(jax.random.key(0), images)["params"],
     )
     config = ModelConfig(name="vit", variant="mu/4", **options)

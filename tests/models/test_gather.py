@@ -74,7 +74,7 @@ def test_survivors_are_as_if_the_others_were_masked(network):
     masked, _ = network(network.stream, start=START, bias=bias, method="encode")
     survivors = jnp.take_along_axis(masked, prefix + patches[..., None], axis=1)
     np.testing.assert_allclose(left[:, prefix:], survivors, atol=3e-5, rtol=1e-5)
-    np.testing.assert_allclose(left[:, :prefix], masked[:, :prefix], atol=1e-5)
+    np.testing.assert_allclose(left[:, :prefix], masked[:, :prefix], atol=3e-5)
     unmasked, _ = network(network.stream, start=START, method="encode")
     assert np.abs(masked - unmasked)[:, :prefix].max() > 1e-3
 

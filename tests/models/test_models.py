@@ -76,13 +76,10 @@ def test_wide_fields_are_exactly_a_vit(options):
     winft = WindowFreeViT(**SMALL, **options, fields=FieldConfig(extents=(0.0,)))
     vit = ViT(**SMALL, **options)
     images = images_for(vit)
-    # All is random but the fields, which are as they start.
-    start = winft.init(jax.random.key(0), images)["params"]
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, fresh, drawn: fresh if "field" in str(path) else drawn,
-        start,
-        random_params(winft),
-    )
+    drawn = random_params(winft)
+    # As when a ViT becomes one: the fields are as they start, and nothing is reported.
+    fresh = registry.init_params(winft, 0)
+    params = registry.adopt_fields(fresh, without_fields(drawn), source="a ViT")
     expected, _ = apply(vit, without_fields(params), images)
     got, _ = apply(winft, params, images)
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -186,17 +186,26 @@ def test_a_field_moves_and_widens_towards_what_it_covers():
     assert y == height == 0
 
 
-def test_heads_tell_where_they_listen_and_how_widely():
-    """The mean place of what is attended to, and its spread, from the four numbers."""
-    fields = make_fields(random_gaussians(), grid=GRID)
-    places = np.asarray(fields.places(num_prefix_tokens=2))
-    assert places.shape == (1, 17, 4)
-    assert not np.any(places[:, :2])
-    attention = np.random.default_rng(0).dirichlet(np.ones(15))
-    mean, square = np.split(attention @ places[0, 2:], 2)
-    positions = geometry.coordinates(GRID)
-    unit = positions.std(0)
-    expected = attention @ positions
-    np.testing.assert_allclose(mean * unit + positions.mean(0), expected, rtol=1e-5)
-    spread = attention @ (positions - expected) ** 2
-    np.testing.assert_allclose((square - mean**2) * unit**2, spread, rtol=1e-4)
+@pytest.mark.parametrize("kept", [None, [[14, 3, 0, 7], [2, 9, 1, 11]]])
+def test_heads_report_where_they_listen_and_how_widely(kept):
+    """By hand: mean and variance of the places, of a patch and of a prefix token."""
+    gaussians = random_gaussians()[:, :, : 15 if kept is None else 4]
+    patches = None if kept is None else jnp.asarray(kept)
+    fields = make_fields(gaussians, grid=GRID, patches=patches)
+    tokens = 2 + gaussians.shape[2]
+    rng = np.random.default_rng(0)
+    attention = rng.dirichlet(np.ones(tokens), size=(2, 4, tokens))
+    got = fields.report(jnp.asarray(attention, jnp.float32))
+    assert got.shape == (2, tokens, 4, 4)
+    whole = geometry.coordinates(GRID)
+    for image, head, token in [(0, 0, 2), (1, 3, 5), (1, 2, 0)]:
+        places = whole if kept is None else whole[kept[image]]
+        own = whole.mean(0) if token < 2 else places[token - 2]
+        heard = attention[image, head, token, 2:]
+        heard = heard / heard.sum()
+        mean = heard @ places
+        variance = heard @ (places - mean) ** 2
+        expected = [*(mean - own) / whole.std(0), *np.log(variance + 0.1)]
+        np.testing.assert_allclose(
+            got[image, token, head], expected, rtol=1e-4, atol=1e-5
+        )
