@@ -5,6 +5,9 @@ and benchmarks. A call takes one batch, which the caller chooses to fit the memo
 (``models.recording.bytes_per_image``). What runs the model is jitted for the model and
 the layers: calling it again traces nothing. Within ``jax.jit`` what is not used costs
 nothing.
+
+Cuts are followed through the values that attention passes on. What the heads of a
+window-free transformer report besides (``LearnedFields.report``) is left out.
 """
 
 import functools

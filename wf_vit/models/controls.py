@@ -132,7 +132,10 @@ class WindowBias(FieldModule):
 
 
 class StaticFields(FieldModule):
-    """Fields that each head learns, the same for every patch and image."""
+    """Fields that each head learns, the same for every patch and image.
+
+    All else is as in a window-free transformer: heads report where they listen.
+    """
 
     @nn.compact
     def __call__(

@@ -12,6 +12,10 @@ It is a sum of a profile over the columns and one over the rows, so it costs
 P * (GH + GW) operations per head, not P * P, until it is added to the logits. The
 membership is one half on an ellipse, which reaches ``grid.HALF`` widths from the
 centre.
+
+Each head also reports to the residual stream where it listens and how widely
+(``LearnedFields.report``): the responsive field that its attention has, from which the
+next layers can predict theirs.
 """
 
 import dataclasses
@@ -350,8 +354,8 @@ class PredictedFields(FieldModule):
 class WindowFreeViT(ViT):
     """A ViT in which each layer, patch and head predicts its own field.
 
-    There is no partition and no fixed window. With fields far wider than the grid,
-    and the same parameters, it computes exactly what ``ViT`` does.
+    There is no partition and no fixed window. With fields far wider than the grid, the
+    same parameters, and zeros where heads report, it computes what ``ViT`` does.
 
     Attributes:
       fields: how the fields start.
