@@ -1,10 +1,10 @@
 """Self-attention with three uses: plain, recorded, and with an additive bias.
 
 One layer serves every model of the package. Queries are scaled, not the logits, of
-which there are many more. With a recording, and on a CPU, where that is faster, the
-arithmetic is written out; else ``jax.nn.dot_product_attention`` runs. Learned fields
-that can be folded into queries and keys (`windowfree.LearnedFields.fold`) are, unless
-the weights are recorded.
+which there are many more. With a recording or learned fields, which need the weights,
+and on a CPU, where that is faster, the arithmetic is written out; else
+``jax.nn.dot_product_attention`` runs. Learned fields that can be folded into queries
+and keys (`windowfree.LearnedFields.fold`) are, unless the weights are recorded.
 """
 
 from collections.abc import Callable
@@ -78,13 +78,13 @@ def attend(
 
 
 def fused(
-    query: Float[Array, "B N H Q"],
-    key: Float[Array, "B N H Q"],
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
     value: Float[Array, "B N H K"],
     bias: Float[Array, "#B #H N N"] | None,
 ) -> Float[Array, "B N H K"]:
     """Returns the output of `attend`, as fast as the backend can."""
-    if jax.default_backend() == "cpu" or query.shape != value.shape:
+    if jax.default_backend() == "cpu":
         return attend(query, key, value, bias)[0]
     return jax.nn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
@@ -102,7 +103,9 @@ class LearnedFields:
         keys = jnp.broadcast_to(
             jnp.pad(keys, prefix), (len(attention), *attention.shape[-1:], 5)
         )
-        moments = jnp.einsum("bhij,bjc->bihc", attention, keys)
+        # The variance is a difference: products in all bits, on accelerators too.
+        highest = lax.Precision.HIGHEST
+        moments = jnp.einsum("bhij,bjc->bihc", attention, keys, precision=highest)
         moments = moments[..., :4] / jnp.maximum(moments[..., 4:], 1e-6)
         mean, square = moments[..., :2], moments[..., 2:]
         variance = jnp.maximum(square - jnp.square(mean), 0.0)
@@ -135,8 +138,12 @@ class LearnedFields:
         return jnp.pad(self.log_membership(), ((0, 0), (0, 0), pad, pad))
 
     def folds(self, dtype: Dtype) -> bool:
-        """Returns whether `fold` is exact enough in a dtype, and keeps every key."""
-        return dtype == jnp.float32 and not self.threshold
+        """Returns whether `fold` is exact enough, and keeps every key.
+
+        It needs products of float32 in all their bits, which accelerators leave out.
+        """
+        exact = dtype == jnp.float32 and jax.default_backend() == "cpu"
+        return exact and not self.threshold
 
     def fold(
         self, query: Float[Array, "B N H K"], key: Float[Array, "B N H K"]
