@@ -4,10 +4,7 @@ Everything that measures a model comes through here: guidance, explanations, pro
 and benchmarks. A call takes one batch, which the caller chooses to fit the memory
 (``models.recording.bytes_per_image``). What runs the model is jitted for the model and
 the layers: calling it again traces nothing. Within ``jax.jit`` what is not used costs
-nothing.
-
-Cuts are followed through the values that attention passes on. What the heads of a
-window-free transformer report besides (``LearnedFields.report``) is left out.
+nothing. Cuts are followed through values; what the heads of a WinfT report is left out.
 """
 
 import functools
