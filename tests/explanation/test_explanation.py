@@ -109,7 +109,7 @@ def test_what_is_saved_is_loaded(run):
 
 def test_a_file_of_an_earlier_version_is_an_error(tmp_path):
     np.savez(tmp_path / "data.npz", photograph=np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(UsageError, match=r"format 1, expected 2.*new --workdir"):
+    with pytest.raises(UsageError, match=r"format 1, expected 3.*new --workdir"):
         Explanation.load(tmp_path)
 
 
