@@ -23,7 +23,7 @@ from wf_vit.models.positions import Rotary, rotate
 Dtype = jnp.dtype | type
 
 # Under these names the parameters of a layer's fields are kept: of what predicts them,
-# and of what writes where each head listens to the residual stream.
+# and of what writes to the residual stream where each head listens.
 FIELD, REPORT = "field", "field_report"
 FIELD_NAMES = (FIELD, REPORT)
 
@@ -58,7 +58,8 @@ def attend(
     """Scaled dot-product attention, with its weights.
 
     Args:
-      query: queries, scaled.
+      query: queries, scaled; with folded fields they and the keys are longer than the
+        values.
       key: keys.
       value: values.
       bias: is added to the logits, or None.
@@ -202,11 +203,11 @@ class SelfAttention(nn.Module):
         if self.field is not None:
             field = self.field(num_heads=self.num_heads, name=FIELD)
             own = field(x, patches)
-            prefix = x.shape[1] - own.num_patches
             fields = own if own.is_learned_field else None
             if fields is not None and fields.folds(self.dtype) and not record:
                 query, key = fields.fold(query, key)
             else:
+                prefix = x.shape[1] - own.num_patches
                 field_bias = own.attention_bias(num_prefix_tokens=prefix)
                 bias = field_bias if bias is None else bias + field_bias
         recorded, report = {}, None

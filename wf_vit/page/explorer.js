@@ -222,11 +222,11 @@ const signedWords = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toPr
 
 function learnedText({centre: [x, y], radii: [across, down]}) {
   const limit = Math.max(ROWS, COLUMNS);
-  const reach = (length) => (length >= limit ? "all" : length.toFixed(1));
+  const radius = (length) => (length >= limit ? `over ${limit}` : length.toFixed(1));
   return (
     `centre ${Math.abs(x).toFixed(1)} ${x < 0 ? "left" : "right"}, ` +
     `${Math.abs(y).toFixed(1)} ${y < 0 ? "up" : "down"}; ` +
-    `half at ${reach(across)} across, ${reach(down)} down`
+    `radius ${radius(across)} across, ${radius(down)} down`
   );
 }
 
