@@ -29,6 +29,7 @@ LAYERS = [
     ["data", "models", "indicators"],
     ["measure", "tendency", "fields"],
     ["interventions"],
+    ["selection"],
     ["figures", "page"],
     ["train", "verify", "explanation"],
     ["command"],

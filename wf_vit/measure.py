@@ -21,7 +21,7 @@ from wf_vit import indicators
 from wf_vit.arrays import shapes_of
 from wf_vit.errors import UsageError
 from wf_vit.models.parameters import output_projection
-from wf_vit.models.recording import Recording, forward, linearize
+from wf_vit.models.recording import Recording, forward, linearize, random_signs
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Keys, Labels, Params
 
@@ -223,13 +223,7 @@ def propagate(
     Raises:
       UsageError: an unknown target or layer, or images that do not fit the model.
     """
-    if target not in OUTPUTS:
-        raise UsageError(
-            f"The target is {target!r}, expected one of {', '.join(OUTPUTS)}; for a "
-            "class, call propagate_logit."
-        )
-    if target == "cls" and not model.cls_token:
-        raise UsageError("target='cls', but the model has no CLS token: use 'pooled'.")
+    check_target(model, target)
     chosen = model.check_layers(layers)
     _check_images(images)
     return _propagate(
@@ -302,6 +296,17 @@ def propagate_logit(
     )
 
 
+def check_target(model: ViT, target: str) -> None:
+    """Raises UsageError if a model has no such output of ``OUTPUTS``."""
+    if target not in OUTPUTS:
+        raise UsageError(
+            f"The target is {target!r}, expected one of {', '.join(OUTPUTS)}; for a "
+            "class, call propagate_logit."
+        )
+    if target == "cls" and not model.cls_token:
+        raise UsageError("target='cls', but the model has no CLS token: use 'pooled'.")
+
+
 def _check_images(images: AnyImages) -> None:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UsageError(
@@ -345,23 +350,13 @@ def _propagate(
     output, gradients, recording = linearize(
         model, layers, params, images, operator.itemgetter(target)
     )
-    if not key.ndim:
-        places = jnp.arange(images.shape[0])
-        key = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
-
-    def cotangents(probe):
-        def signs(key):
-            own = jax.random.fold_in(key, probe)
-            return jax.random.rademacher(own, output.shape[1:], output.dtype)
-
-        return gradients(jax.vmap(signs)(key))
-
+    signs = random_signs(output, key)
     projection = output_projection(model, params, layers)
     knockout = indicators.propagated_knockout(
         recording.attention,
         recording.values,
         projection.output_kernel,
-        cotangents,
+        lambda probe: gradients(signs(probe)),
         projection.residual_scale,
         num_probes=num_probes,
         num_prefix_tokens=0 if prefix_tokens else model.num_prefix_tokens,

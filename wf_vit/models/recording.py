@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from wf_vit.arrays import shapes_of
 from wf_vit.models.vit import ViT
-from wf_vit.shapes import Images, Params
+from wf_vit.shapes import Images, Keys, Params
 
 
 class Recording(NamedTuple):
@@ -127,3 +127,28 @@ def linearize(
         return jnp.stack([gradient[name]["after_attention"] for name in names])
 
     return output, gradients, recording
+
+
+def random_signs(
+    output: Float[Array, "B ..."], key: Keys
+) -> Callable[[Array], Float[Array, "B ..."]]:
+    """Returns a function from the number of a probe to its random signs.
+
+    Args:
+      output: what they are multiplied by; only its shape matters.
+      key: one ``[]`` for all images or ``[B]`` for each. An image's signs depend on its
+        own key, or on the one key and the place in the batch, but not on the others.
+    """
+    if not key.ndim:
+        key = jax.vmap(lambda place: jax.random.fold_in(key, place))(
+            jnp.arange(output.shape[0])
+        )
+
+    def signs(probe):
+        def of_image(key):
+            own = jax.random.fold_in(key, probe)
+            return jax.random.rademacher(own, output.shape[1:], output.dtype)
+
+        return jax.vmap(of_image)(key)
+
+    return signs
