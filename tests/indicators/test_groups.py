@@ -176,6 +176,15 @@ def test_layers_and_images_are_those_of_their_own():
             )
 
 
+def test_products_of_different_layers_count_by_half():
+    *arrays, keep = stacked_layers()
+    got = indicators.set_effect(*arrays, keep=keep, num_prefix_tokens=PREFIX)
+    effect = np.asarray(got.effect, np.float64)
+    first, second = effect[:, 0], effect[:, 1]
+    square = first**2 + second**2 + first * second
+    np.testing.assert_allclose(got.norm, np.sqrt(square.mean(0)), rtol=1e-5)
+
+
 def test_heads_may_share_what_they_keep():
     *arrays, keep = stacked_layers()
     shared = keep[:, :, 0]

@@ -12,11 +12,11 @@ from wf_vit.models.vit import ViT
 from wf_vit.verify import groups, sets
 from wf_vit.verify.groups import (
     IN_UNITS,
+    LAYERS,
     OWN,
     PREDICTORS,
     SCOPES,
     SHARES,
-    SIGNED,
     Groups,
 )
 from wf_vit.verify.subject import Case, Subject
@@ -185,7 +185,7 @@ def test_ratios_leave_out_sets_that_move_nothing():
     numbers.add(predicted, real)
     assert numbers.correlation[0][0] == pytest.approx(1)
     # 1 / 1, 2 / 2 and 3 / 4 for the others.
-    np.testing.assert_allclose(numbers.ratio[0], [2, 1, 1, 1])
+    np.testing.assert_allclose(numbers.ratio[0], [2, 1, 1, 1, 1])
     numbers.add(predicted, np.zeros(4))
     assert np.isnan(numbers.ratio[1]).all()
     assert np.isnan(numbers.correlation[1]).all()
@@ -223,16 +223,16 @@ def faint(case):
 def test_the_effect_of_the_set_is_right_where_little_is_cut(faint):
     protocol = Groups(faint.subject, CONFIG)
     outcomes = protocol.measure(faint, 1)
-    own, signed = PREDICTORS.index(OWN), PREDICTORS.index(SIGNED)
+    own, signed = PREDICTORS.index(OWN), PREDICTORS.index(LAYERS[0])
     correlation = outcomes["correlation"][0]
     assert correlation.shape == (len(SCOPES), len(SHARES), len(PREDICTORS))
     assert correlation[..., signed].min() > 0.9
     assert correlation[..., signed].mean() > 0.97
-    sums = np.delete(correlation, [own, signed], -1)
+    sums = correlation[..., len(LAYERS) + 1 :]
     assert correlation[..., signed].mean() > sums.mean((0, 1)).max()
     # In one layer there is nothing to add.
     np.testing.assert_allclose(correlation[0, :, own], correlation[0, :, signed])
-    ratio = outcomes["ratio"][0, :, :, IN_UNITS.index(SIGNED)]
+    ratio = outcomes["ratio"][0, :, :, IN_UNITS.index(LAYERS[0])]
     np.testing.assert_allclose(ratio, 1, atol=0.15)
 
 
@@ -248,12 +248,12 @@ def test_summary_tables_and_figure_name_what_they_show(case, estimate):
     correlation = np.zeros((*shape, len(PREDICTORS)))
     ratio = np.ones((*shape, len(IN_UNITS)))
     correlation[:, 1, 2, PREDICTORS.index("sum of attention")] = 0.5
-    ratio[:, 0, 4, 2] = 40
+    ratio[:, 0, 4, 3] = 40
     summary = protocol.summarize({"correlation": correlation, "ratio": ratio}, estimate)
     by_scope = summary["correlation"]
     assert by_scope["all layers"]["sum of attention"]["0.1"]["mean"] == 0.5
     assert by_scope["one layer"]["sum of attention"]["0.1"]["mean"] == 0
-    assert summary["ratio"]["one layer"][IN_UNITS[2]]["0.5"]["mean"] == 40
+    assert summary["ratio"]["one layer"][IN_UNITS[3]]["0.5"]["mean"] == 40
     text = "\n".join(protocol.tables(summary, 4))
     assert "**Groups**, 4 images" in text
     assert "| 1 % | 5 % | 10 % | 25 % | 50 % |" in text

@@ -59,9 +59,15 @@ def set_effect(
 ) -> SetEffect:
     """Returns what all interactions outside of ``keep`` do together, to first order.
 
-    Of one layer the norm is that of the first order: the root of the mean over probes
-    of the squared effect. Of several, the squares of the layers are added, without the
-    signs between them; ``effect.sum(1)`` has these.
+    In one layer the norm is that of the first order: the root of the mean over probes
+    of the squared effect e. In several the first order is ``(sum_l e_l)^2``. But what
+    an early layer loses changes what the later ones do, so that their effects agree
+    less than the gradients of the whole network say. So the products of different
+    layers count by half (ours):
+
+        norm^2 = mean over probes of (sum_l e_l^2 + (sum_l e_l)^2) / 2
+
+    ``effect.sum(1)`` is the plain first order.
 
     One set costs about as much as the attention of one forward pass, whatever the
     number of probes. The gradients are those of the network left alone, so that all
@@ -156,7 +162,11 @@ def _norm(effect, exponents, layered):
     largest = exponents.max(axes, keepdims=True)
     effect = effect * power(exponents - largest)
     numbers, more = split(effect, axes)
-    total = jnp.square(numbers).sum(axes) / effect.shape[0]
+    square = jnp.square(numbers)
+    if layered:
+        # Half of what the products of different layers add.
+        square = (square.sum(1) + jnp.square(numbers.sum(1))) / 2
+    total = square.mean(0)
     return join(sqrt(total), (largest + more).reshape(total.shape))
 
 

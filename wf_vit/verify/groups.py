@@ -4,8 +4,8 @@ Sets of interactions are drawn, of several kinds and shares (`wf_vit.verify.sets
 one layer or in all. Each is really cut, in one forward pass, and how far the output
 moves is compared with what is predicted from the network left alone: by the effect of
 the set (`wf_vit.indicators.set_effect`), and by sums over its interactions. Where
-several layers are cut, the squared effects of the layers are added; beside it stands
-the plain first order, in which effects add with their signs.
+several layers are cut, two more stand beside the first: the plain first order, in which
+the effects of layers add with their signs, and the root of the sum of their squares.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,9 +34,9 @@ from wf_vit.verify.subject import Case, Estimate, Outcomes, Subject, Summary
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 SCOPES = ("one layer", "all layers")
 OWN = "effect of the set"
-SIGNED = "effect of the set, layers with signs"
+LAYERS = ("layers with signs", "layers without signs")
 # What predicts the displacement; the first of them in units of the output.
-IN_UNITS = (OWN, SIGNED, "sum of propagated impact", "root of its sum of squares")
+IN_UNITS = (OWN, *LAYERS, "sum of propagated impact", "root of its sum of squares")
 PREDICTORS = (*IN_UNITS, "sum of knockout impact", "sum of attention", "random")
 
 # Sets that are cut in one call.
@@ -99,10 +99,8 @@ class Groups:
                     _predict(params, recording, gradients, ~cut, model=model)
                     for cut in cuts
                 ]
-                own, signed = np.array(effects).T
                 predicted = {
-                    OWN: own,
-                    SIGNED: signed,
+                    **dict(zip((OWN, *LAYERS), np.array(effects).T, strict=True)),
                     **sums(cuts, impact, np.asarray(knockout.heads[:, 0]), attention),
                     "random": rng.random(len(cuts)),
                 }
@@ -275,8 +273,8 @@ def _predict(
     keep: Bool[Array, "L H P P"],
     *,
     model: ViT,
-) -> Float[Array, " 2"]:
-    """Returns how far the output of one image moves, as OWN and as SIGNED have it."""
+) -> Float[Array, " 3"]:
+    """Returns how far the output of one image moves, as OWN and as LAYERS have it."""
     projection = output_projection(model, params)
     found = set_effect(
         recording.attention,
@@ -287,5 +285,6 @@ def _predict(
         keep=keep[:, None],
         num_prefix_tokens=model.num_prefix_tokens,
     )
-    signed = jnp.sqrt(jnp.square(found.effect.sum(1)).mean(0))
-    return jnp.concatenate([found.norm, signed])
+    with_signs = jnp.square(found.effect.sum(1)).mean(0)
+    without = jnp.square(found.effect).sum(1).mean(0)
+    return jnp.concatenate([found.norm, jnp.sqrt(with_signs), jnp.sqrt(without)])
