@@ -69,9 +69,11 @@ def set_effect(
 
     ``effect.sum(1)`` is the plain first order.
 
-    One set costs about as much as the attention of one forward pass, whatever the
-    number of probes. The gradients are those of the network left alone, so that all
-    sets of an image share them. For many sets call it inside ``jax.lax.map``.
+    The gradients are those of the network left alone, so that all sets of an image
+    share them. One set takes two products of attention and values, and one product of
+    its displacement and the gradients of each probe: less than a forward pass, but not
+    by much on a CPU. Averages of gradients along a path to the cut network would take
+    backward passes for each set, which is more than the real cut does.
 
     Args:
       attention: as in `knockout_impact`, and so are the arguments not listed here.
