@@ -48,19 +48,20 @@ KEYS = {
     "split": Setting("test", "TFDS split specification, such as validation[:5000]"),
     "protocols": Setting(
         (),
-        "some of windows, removal, pixels, class_maps, faithfulness and tendency, with "
-        "commas between; none for all",
+        "some of windows, removal, pixels, class_maps, faithfulness, groups and "
+        "tendency, with commas between; none for all",
         items=str,
     ),
     # For each image, windows and removal cost about 70 forward passes, pixels 500,
-    # class_maps 4 for each patch; faithfulness runs num_cuts for every layer; tendency
-    # only reads what is measured anyway.
+    # class_maps 4 for each patch; faithfulness runs num_cuts for every layer; groups
+    # 10 for each of 5 num_sets + 5; tendency only reads what is measured anyway.
     "num_images": {
         "windows": _images(0),
         "removal": _images(0),
         "pixels": _images(1000),
         "class_maps": _images(500),
         "faithfulness": _images(20),
+        "groups": _images(20),
         "tendency": _images(100),
     },
     "kept": Setting(
@@ -91,6 +92,12 @@ KEYS = {
     ),
     "num_cuts": Setting(
         80, "of faithfulness: real cuts for each layer and image", low=1, high=10**6
+    ),
+    "num_sets": Setting(
+        2,
+        "of groups: sets of each kind that is drawn, for each share and image",
+        low=1,
+        high=10**4,
     ),
     "target": Setting(
         "tokens",

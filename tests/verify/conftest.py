@@ -62,12 +62,14 @@ def config(digits_run):
         "pixels": 3,
         "class_maps": 2,
         "faithfulness": 1,
+        "groups": 2,
         "tendency": 4,
     }
     config.kept = (0.5, 0.25)
     config.removed = (0.5,)
     config.layers = (0, 1)
     config.num_cuts = 4
+    config.num_sets = 1
     config.num_probes = NUM_PROBES
     config.batch_size = BATCH_SIZE
     config.bootstrap_samples = 20

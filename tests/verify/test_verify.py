@@ -12,6 +12,7 @@ from wf_vit import verify
 from wf_vit.errors import UsageError
 from wf_vit.verify import report, task
 from wf_vit.verify.faithfulness import INDICATORS
+from wf_vit.verify.groups import IN_UNITS, PREDICTORS, SHARES
 from wf_vit.verify.pixels import FILLS, STEPS
 from wf_vit.verify.removal import RULES as REMOVAL_RULES
 from wf_vit.verify.windows import RULES
@@ -40,6 +41,14 @@ EXPECTED = {
         {"correlation": (1, 2, len(INDICATORS), 2)},
         INDICATORS,
         ("faithfulness",),
+    ),
+    "groups": (
+        {
+            "correlation": (2, 2, len(SHARES), len(PREDICTORS)),
+            "ratio": (2, 2, len(SHARES), len(IN_UNITS)),
+        },
+        PREDICTORS,
+        ("groups",),
     ),
 }
 

@@ -19,6 +19,7 @@ from wf_vit.indicators.attention import (
     interaction_indicator,
     mean_attention_distance,
 )
+from wf_vit.indicators.groups import SetEffect, set_effect
 from wf_vit.indicators.knockout import knockout_effect, knockout_impact
 from wf_vit.indicators.propagated import PropagatedKnockout, propagated_knockout
 from wf_vit.indicators.stretch import expected_stretch
@@ -27,6 +28,7 @@ __all__ = [
     "HeadFusion",
     "Method",
     "PropagatedKnockout",
+    "SetEffect",
     "attention_rollout",
     "expected_stretch",
     "interaction_indicator",
@@ -34,4 +36,5 @@ __all__ = [
     "knockout_impact",
     "mean_attention_distance",
     "propagated_knockout",
+    "set_effect",
 ]

@@ -16,6 +16,7 @@ _FINITE = (
     "output_kernel",
     "residual_scale",
     "cotangents",
+    "gradients",
     "head_gain",
     "token_scale",
 )

@@ -6,7 +6,8 @@ file of its own, with its rules, measurement, summary, table and figures:
 - ``windows``: the attention of all layers restricted to the strongest interactions;
 - ``removal``: the least telling patches gathered out, from some layer on;
 - ``pixels``: patches of the image filled, in the order of a map;
-- ``faithfulness``: the ranks of interactions, against real cuts.
+- ``faithfulness``: the ranks of interactions, against real cuts;
+- ``groups``: what is predicted of whole sets of interactions, against real cuts.
 
 ``PROTOCOLS`` names them, ``subject`` says what a protocol is, and ``task`` runs them on
 a checkpoint and a data set.

@@ -24,6 +24,7 @@ from wf_vit.verify import report
 from wf_vit.verify.bootstrap import intervals
 from wf_vit.verify.class_maps import ClassMaps
 from wf_vit.verify.faithfulness import Faithfulness
+from wf_vit.verify.groups import Groups
 from wf_vit.verify.pixels import Pixels
 from wf_vit.verify.removal import Removal
 from wf_vit.verify.subject import Case, Estimate, Outcomes, Protocol, Subject, Summary
@@ -48,6 +49,7 @@ PROTOCOLS: dict[str, type[Protocol]] = {
     "pixels": Pixels,
     "class_maps": ClassMaps,
     "faithfulness": Faithfulness,
+    "groups": Groups,
     "tendency": Tendency,
 }
 _SPLIT = "verify"
