@@ -65,7 +65,7 @@ KEYS = {
         "tendency": _images(100),
     },
     "kept": Setting(
-        (0.5, 0.25, 0.1),
+        (0.5, 0.25, 0.1, 0.05),
         "of windows: shares of the interactions between patches that are kept",
         above=0,
         high=1,

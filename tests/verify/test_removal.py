@@ -8,12 +8,12 @@ import pytest
 from configs import verify as verify_config
 from wf_vit import interventions
 from wf_vit.errors import UsageError
+from wf_vit.verify.patch_scores import EVIT, TOME, alike, patch_scores
 from wf_vit.verify.removal import (
     RULES,
     Removal,
     first_of_quarters,
     num_kept,
-    patch_scores,
     removal,
 )
 from wf_vit.verify.subject import Answer
@@ -31,7 +31,8 @@ IMPACT = jax.random.uniform(
 
 def test_scores_sum_over_the_layers_to_come():
     scores = patch_scores(ATTENTION, IMPACT, KEYS)
-    assert tuple(scores) == RULES
+    # The others are known layer by layer.
+    assert set(RULES) - set(scores) == {"chosen together", TOME}
     fused = np.asarray(IMPACT).sum(2)
     off = fused * (1 - np.eye(PATCHES))
     for layer in range(LAYERS):
@@ -54,6 +55,19 @@ def test_scores_sum_over_the_layers_to_come():
     assert (scores["random"][:, 0] != scores["random"][:, 1]).all()
 
 
+def test_evit_ranks_by_the_layer_before():
+    received = np.asarray(ATTENTION).mean(2)[..., 0, PREFIX:]
+    found = patch_scores(ATTENTION, IMPACT, KEYS)[EVIT]
+    np.testing.assert_allclose(found, received[[0, 0, 1]], rtol=1e-6)
+
+
+def test_the_likest_go_first_and_half_of_each_round_stays():
+    # Of 0, 2 and 4 the last is like 1; then 1 and 3 are left, and 3 stays.
+    angles = jnp.array([0.0, 1.0, 2.0, 2.5, 1.1])
+    keys = jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1)[None]
+    np.testing.assert_array_equal(alike(keys)[0], [2, 3, 1, 5, 0])
+
+
 def test_without_cls_attention_is_that_of_all_patches():
     attention = ATTENTION[..., PREFIX:, PREFIX:]
     scores = patch_scores(attention, IMPACT, KEYS)
@@ -73,8 +87,8 @@ def test_an_indiscriminative_patch_matters_equally_to_all():
 
 def test_the_lowest_are_removed_and_answers_land_at_their_place():
     scores = {
-        "up": jnp.broadcast_to(jnp.arange(5.0), (LAYERS, IMAGES, 5)),
-        "down": jnp.broadcast_to(-jnp.arange(5.0), (LAYERS, IMAGES, 5)),
+        "up": dict.fromkeys((0, 2), jnp.tile(jnp.arange(5.0), (IMAGES, 1))),
+        "down": dict.fromkeys((0, 2), jnp.tile(-jnp.arange(5.0), (IMAGES, 1))),
     }
     whole = Answer(
         logits=jnp.zeros((IMAGES, 2)),
@@ -135,10 +149,10 @@ def test_best_layer_is_that_of_the_widest_margin(case, estimate):
     outcomes = {name: o.astype(np.float32) for name, o in outcomes.items()}
     summary = protocol.summarize(outcomes, estimate)
     best = summary["best_layer"]
-    assert best["cosine"]["least discriminative"] == 1
-    assert best["top1"]["least discriminative"] == 0
+    assert best["cosine"]["chosen together"] == 1
+    assert best["top1"]["chosen together"] == 0
     measured = summary["measures"]["cosine"]
-    assert measured["1"]["least discriminative"]["0.25"]["mean"] == pytest.approx(
+    assert measured["1"]["chosen together"]["0.25"]["mean"] == pytest.approx(
         0.6, abs=0.01
     )
     text = "\n".join(protocol.tables(summary, 40))

@@ -8,18 +8,41 @@ import pytest
 from configs import verify as verify_config
 from wf_vit import interventions
 from wf_vit.verify.subject import Answer
-from wf_vit.verify.windows import RULES, Windows, masks, windows
+from wf_vit.verify.windows import (
+    RULES,
+    SCORES,
+    SINGLE,
+    Windows,
+    _attention_gradient,
+    _scores,
+    masks,
+    whole_share,
+    windows,
+)
 
 LAYERS, IMAGES, HEADS, GRID = 2, 3, 3, (4, 4)
 PATCHES = 16
 SHAPE = (LAYERS, IMAGES, HEADS, PATCHES, PATCHES)
 KEYS = jax.random.split(jax.random.key(0), IMAGES)
 ATTENTION = jax.nn.softmax(2 * jax.random.normal(jax.random.key(1), SHAPE))
-IMPACT = jax.random.uniform(jax.random.key(2), SHAPE)
+SINGLE_CUTS = jax.random.uniform(jax.random.key(2), SHAPE)
+# Two of them are for all heads.
+OTHERS = {
+    name: jax.random.uniform(
+        jax.random.key(n), SHAPE if n > 4 else (*SHAPE[:2], 16, 16)
+    )
+    for n, name in enumerate(SCORES, 3)
+}
+
+
+def selected(share):
+    return interventions.keep_strongest(ATTENTION, share)
 
 
 def kept(share):
-    found = masks(ATTENTION, IMPACT, KEYS, share=share, grid=GRID)
+    share = whole_share(share, LAYERS, PATCHES)
+    chosen = selected(share)
+    found = masks(chosen, SINGLE_CUTS, OTHERS, KEYS, share=share, grid=GRID)
     assert tuple(found) == RULES
     found = {n: m if m.ndim == 5 else m[:, :, None] for n, m in found.items()}
     return {name: np.broadcast_to(mask, SHAPE) for name, mask in found.items()}
@@ -39,20 +62,31 @@ def test_every_patch_keeps_itself():
         assert np.diagonal(mask, axis1=-2, axis2=-1).all()
 
 
-def test_fields_are_the_strongest_by_both_scores_and_least_important_the_others():
+def test_single_cuts_are_the_strongest_and_least_important_the_others():
     by_rule = kept(0.25)
-    score = np.asarray(jnp.sqrt(ATTENTION * IMPACT))
     off = ~np.broadcast_to(np.eye(PATCHES, dtype=bool), SHAPE)
     for image in range(IMAGES):
-        own, worst, others = (
-            by_rule[name][:, image]
-            for name in ("fields per head", "least important", "fields fused")
-        )
-        scores, rest = score[:, image], off[:, image]
+        own, worst = (by_rule[name][:, image] for name in (SINGLE, "least important"))
+        scores, rest = np.asarray(SINGLE_CUTS)[:, image], off[:, image]
         assert scores[own & rest].min() > scores[~own & rest].max()
         assert scores[worst & rest].max() < scores[~worst & rest].min()
-        fused = np.broadcast_to(scores.mean(1, keepdims=True), scores.shape)
-        assert fused[others & rest].min() > fused[~others & rest].max()
+
+
+def test_scores_of_others_are_of_the_model_left_alone(case):
+    found = _scores(case)
+    assert tuple(found) == SCORES
+    model, params, recording = case.subject.model, case.subject.params, case.recording
+    np.testing.assert_allclose(found[SCORES[1]], found[SCORES[0]].mean(2), rtol=1e-6)
+    kernel = params["blocks_1"]["attention"]["out"]["kernel"][0]
+    written = recording.values[1, 2, :, 0] @ kernel
+    expected = recording.attention[1, 2, 0] * jnp.linalg.norm(written, axis=-1)[None]
+    np.testing.assert_allclose(found[SCORES[3]][1, 2, 0], expected, rtol=1e-4)
+    # A little more of one weight, in the direction of its value.
+    gradient = _attention_gradient(params, case.images, model=model)
+    assert gradient.shape == recording.attention.shape
+    assert (np.asarray(found[SCORES[4]]) >= 0).all()
+    product = recording.attention[1, 2, 0] * jnp.maximum(gradient[1, 2, 0], 0)
+    np.testing.assert_allclose(found[SCORES[4]][1, 2, 0], product, rtol=1e-5)
 
 
 def test_random_differs_by_image_and_repeats():
@@ -101,7 +135,7 @@ def test_answers_land_at_their_rule_and_share():
         pooled=jnp.ones((IMAGES, 2)),
         patches=jnp.ones((IMAGES, PATCHES, 2)),
     )
-    shares = (0.5, 0.2)
+    shares = tuple(whole_share(share, LAYERS, PATCHES) for share in (0.5, 0.2))
     expected = [kept(share) for share in shares]
 
     asked = []
@@ -129,9 +163,9 @@ def test_answers_land_at_their_rule_and_share():
     found = windows(
         predict,
         whole,
-        ATTENTION,
-        IMPACT,
-        shares=shares,
+        {share: selected(share) for share in shares},
+        SINGLE_CUTS,
+        OTHERS,
         grid=GRID,
         keys=KEYS,
         labels=jnp.array([1, 1, 0]),
@@ -173,13 +207,13 @@ def test_says_which_control_was_not_beaten(case, estimate):
     shown = protocol(case, 0.5, 0.1)
     summary = shown.summarize({"cosine": outcome}, estimate)
     margins = summary["margins"]["cosine"]
-    assert "fields fused" not in margins  # No control, but another of our rules.
+    assert SINGLE not in margins  # No control, but another of our rules.
     assert margins["random"]["0.5"]["mean"] == pytest.approx(0.5, abs=0.02)
     assert margins["random"]["0.1"]["mean"] == pytest.approx(-0.1, abs=0.02)
     assert margins["random"]["0.1"]["high"] < 0
     _, table, verdict = shown.tables(summary, 40)
     at_half, at_tenth = verdict.split(";")
-    assert verdict.startswith("Fields per head:")
+    assert verdict.startswith("Chosen together:")
     assert "at 50 % it beats every control" in at_half
     assert "at 10 % it does not beat random (-0." in at_tenth
     assert "nearest (" not in at_tenth

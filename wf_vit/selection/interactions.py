@@ -19,8 +19,8 @@ from wf_vit.shapes import Images, Keys, Params, Tokens
 
 # Keys are added one of so many that are there at a time.
 _GROWTH = 8
-# A query whose kept weights sum to less hands on nothing.
-_LEAST = 1e-30
+# A query whose kept weights sum to less hands on nothing. Its square is no denormal.
+_LEAST = 1e-12
 
 
 def select_interactions(
@@ -76,7 +76,7 @@ def select_interactions(
         _search(*_heads(recording, n), of_layer[n], num_prefix_tokens=prefix)
         for n in layers
     ]
-    errors = jnp.stack([errors for _, errors in found])
+    errors = jnp.stack([paths.errors.min(2) for paths in found])
     selected = []
     for share in shares:
         budget = round(share * model.depth * model.num_heads * patches**2)
@@ -84,8 +84,8 @@ def select_interactions(
         tokens, kept = run_to(params, images, model=model, layer=0), []
         for n in layers:
             seen = _record_layer(params, tokens, model=model, layer=n)
-            ranks, _ = _search(*seen, of_layer[n], num_prefix_tokens=prefix)
-            kept.append(ranks < counts[n][..., None])
+            paths = _search(*seen, of_layer[n], num_prefix_tokens=prefix)
+            kept.append(_kept(paths, counts[n]))
             tokens = _run_layer(params, tokens, kept[n], model=model, layer=n)
         selected.append(jnp.stack(kept))
     return tuple(selected)
@@ -139,6 +139,18 @@ def _run_layer(
     )[0]
 
 
+class _Paths(NamedTuple):
+    """The order of the keys of each query on both paths, adding and taking away.
+
+    Attributes:
+      ranks: the place of each key; 0 of the patch itself.
+      errors: squared, with as many keys as `_counts` says.
+    """
+
+    ranks: Int[Array, "*batch 2 P P"]
+    errors: Float[Array, "*batch 2 P S"]
+
+
 class _Means(NamedTuple):
     """The queries of one head, each with keys of its own, in the metric.
 
@@ -164,19 +176,23 @@ class _Means(NamedTuple):
         return cls(attention, values, wanted, distance)
 
     def errors(
-        self, kept: Bool[Array, "Q N"]
+        self, kept: Bool[Array, "Q N"], sign: int
     ) -> tuple[Float[Array, "Q N"], Float[Array, " Q"]]:
-        """Returns the squared error with each key added to those kept, and without.
+        """Returns the squared error with each key added or taken away, and as it is.
 
         With r the sum over the keys of ``a_j (v_j - wanted)`` and s that of ``a_j``,
         it is ``|r|^2 / s^2``.
+
+        Args:
+          kept: the keys that are there.
+          sign: 1 to add a key, -1 to take one away.
         """
         weights = jnp.where(kept, self.weights, 0.0)
         total = weights.sum(-1, keepdims=True)
         rest = weights @ self.values - total * self.wanted
         along = rest @ self.values.T - (rest * self.wanted).sum(-1, keepdims=True)
         square = jnp.square(rest).sum(-1, keepdims=True)
-        more = square + self.weights * (2 * along + self.weights * self.distance)
+        change = self.weights * (2 * sign * along + self.weights * self.distance)
         # A query whose keys have no weight hands on nothing.
         nothing = jnp.square(self.wanted).sum(-1, keepdims=True)
 
@@ -186,7 +202,8 @@ class _Means(NamedTuple):
             found = jnp.maximum(square, 0.0) / jnp.square(divisor)
             return jnp.where(some, found, nothing)
 
-        return relative(more, total + self.weights), relative(square, total)[:, 0]
+        changed = relative(square + change, total + sign * self.weights)
+        return changed, relative(square, total)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="num_prefix_tokens")
@@ -196,37 +213,50 @@ def _search(
     scale: Yardstick,
     *,
     num_prefix_tokens: int,
-) -> tuple[Int[Array, "B H P P"], Float[Array, "B H P S"]]:
-    """Adds keys to each query of a layer.
-
-    Returns:
-      When each key was added, from 0, the patch itself; and the squared error after
-      each step of `_schedule`.
-    """
+) -> _Paths:
+    """Adds keys to each query of a layer, and takes keys away from it."""
     prefix = num_prefix_tokens
     patches = attention.shape[-1] - prefix
     own = jnp.pad(jnp.eye(patches, dtype=bool), [(0, 0), (prefix, 0)])
-    is_prefix = jnp.arange(patches + prefix) < prefix
+    always = own | (jnp.arange(patches + prefix) < prefix)[None]
     rows = jnp.arange(patches)[:, None]
+    schedule = _schedule(patches)
 
     def of_head(head):
         attention, values, (wanted, root, gain) = head
         means = _Means.of(attention[prefix:], values, wanted[prefix:], root)
-        ranks = jnp.where(own, 0, jnp.where(is_prefix[None], -1, patches))
 
         def add(size, ranks, start):
-            errors, now = means.errors(ranks < patches)
-            errors = jnp.where(ranks < patches, jnp.inf, errors)
-            _, best = lax.top_k(-errors, size)
+            kept = ranks < patches
+            errors, now = means.errors(kept, 1)
+            _, best = lax.top_k(-jnp.where(kept, jnp.inf, errors), size)
             return ranks.at[rows, best].set(start + jnp.arange(size)[None]), now
 
-        now = []
-        for size, starts in _schedule(patches):
-            ranks, errors = lax.scan(functools.partial(add, size), ranks, starts)
-            now.append(errors)
-        # All keys: no error.
-        errors = jnp.concatenate([*now, jnp.zeros((1, patches))]).T
-        return ranks[:, prefix:], errors * gain[prefix:, None]
+        def take(size, ranks, start):
+            kept = ranks == 0
+            errors, _ = means.errors(kept, -1)
+            _, best = lax.top_k(-jnp.where(kept & ~always, errors, jnp.inf), size)
+            last = start + size - 1 - jnp.arange(size)[None]
+            ranks = ranks.at[rows, best].set(last)
+            return ranks, means.errors(ranks == 0, -1)[1]
+
+        added, taken = jnp.where(always, 0, patches), jnp.zeros_like(own, int)
+        adding, taking = [], []
+        for size, starts in schedule:
+            added, errors = lax.scan(functools.partial(add, size), added, starts)
+            adding.append(errors)
+        for size, starts in schedule[::-1]:
+            of_size = functools.partial(take, size)
+            taken, errors = lax.scan(of_size, taken, starts[::-1])
+            taking.append(errors[::-1])
+        # With all keys there is no error.
+        none = jnp.zeros((1, patches))
+        errors = [
+            jnp.concatenate([*found, none]).T * gain[prefix:, None]
+            for found in (adding, taking[::-1])
+        ]
+        ranks = [ranks[:, prefix:] for ranks in (added, taken)]
+        return _Paths(jnp.stack(ranks), jnp.stack(errors))
 
     return lax.map(lambda image: lax.map(of_head, image), (attention, values, scale))
 
@@ -245,6 +275,23 @@ def _schedule(patches: int) -> list[tuple[int, np.ndarray]]:
     return [(size, np.asarray(starts)) for size, starts in schedule]
 
 
+@jax.jit
+def _kept(paths: _Paths, counts: Int[Array, "B H P"]) -> Bool[Array, "B H P P"]:
+    """Returns the first keys of each query, on the path that leads nearer."""
+    patches = counts.shape[-1]
+    last = jnp.searchsorted(_counts(patches), counts, side="right") - 1
+    error = jnp.take_along_axis(paths.errors, last[:, :, None, :, None], -1)[..., 0]
+    nearer = jnp.argmin(error, 2)[:, :, None, :, None]
+    ranks = jnp.take_along_axis(paths.ranks, nearer, 2)[:, :, 0]
+    return ranks < counts[..., None]
+
+
+def _counts(patches: int) -> Int[Array, " S"]:
+    """Returns how many keys there are before each step of the schedule, and at last."""
+    starts = [starts for _, starts in _schedule(patches)]
+    return jnp.asarray(np.concatenate([*starts, [patches]]))
+
+
 @functools.partial(jax.jit, static_argnames="budget")
 def _allocate(errors: Float[Array, "L B H P S"], budget: int) -> Int[Array, "L B H P"]:
     """Returns how many keys each query keeps, so that errors are least in their sum.
@@ -253,12 +300,12 @@ def _allocate(errors: Float[Array, "L B H P S"], budget: int) -> Int[Array, "L B
     price is searched for by halving, so that the budget of an image is met.
     """
     patches = errors.shape[-2]
-    starts = [starts for _, starts in _schedule(patches)]
-    counts = jnp.concatenate([*map(jnp.asarray, starts), jnp.array([patches])])
+    counts = _counts(patches)
 
     def of_image(errors):
         def at(log_price):
-            return counts[(errors + jnp.exp(log_price) * counts).argmin(-1)]
+            prices = jnp.exp(log_price) * counts
+            return counts[(errors + prices[None, None, None]).argmin(-1)]
 
         def halve(_, ends):
             low, high = ends

@@ -157,9 +157,10 @@ def _remove(
         model.num_prefix_tokens,
         model.num_tokens - model.num_prefix_tokens,
     )
-    is_patch = jnp.arange(model.num_tokens) >= prefix
+    is_patch = (jnp.arange(model.num_tokens) >= prefix)[None]
     there = (ranks == 0) | (ranks > patches)
-    bias = [jnp.where(there, 0.0, -jnp.inf)[:, None, None]] * model.depth
+    bias = jnp.where(there, 0.0, -jnp.inf)[:, None, None]
+    bias = jnp.broadcast_to(bias, (len(there), 1, *2 * there.shape[1:]))
     shape = (len(tokens), *model.image_size, 3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["perturbations"])
@@ -168,7 +169,12 @@ def _remove(
         """Returns half the squared distance of the output to the full model's."""
         variables = {"params": params, "perturbations": perturbations}
         stream, out = model.apply(
-            variables, tokens, start=layer, bias=bias, record=True, method="encode"
+            variables,
+            tokens,
+            start=layer,
+            bias=[bias] * model.depth,
+            record=True,
+            method="encode",
         )
         final = model.apply(variables, stream, method="readout")[1]["tokens"]
         final = final.astype(jnp.float32)
@@ -208,7 +214,7 @@ def _remove(
 
         def of_head(head):
             attention, values, seen, root, gain = head
-            weights = attention * there
+            weights = attention * there[None]
             total = weights.sum(-1, keepdims=True)
             output = weights @ values
             # Without key j the output moves by ratio (output - v_j).

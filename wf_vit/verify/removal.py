@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float, Int
-from jaxtyping import Key as KeyArray
 from matplotlib.figure import Figure
 
 from wf_vit.errors import UsageError
-from wf_vit.fields import discriminability
 from wf_vit.figures import evidence
 from wf_vit.interventions import gather_patches, keep_patches
 from wf_vit.models.vit import ViT
+from wf_vit.selection import select_patches
 from wf_vit.shapes import Images, Labels, Logits, Params, Tokens
 from wf_vit.verify import report
+from wf_vit.verify.patch_scores import EVIT, TOME, alike, layer_keys, patch_scores
 from wf_vit.verify.subject import (
     Answer,
     Case,
@@ -38,10 +38,18 @@ from wf_vit.verify.subject import (
     streams,
 )
 
-# What is put to the test first, then the controls. Each removes what it scores lowest.
-OWN = ("least discriminative", "least impact")
-RULES = (*OWN, "least attended", "random", "most discriminative")
-CONTROLS = RULES[2:]
+# What is put to the test first, then scores of single cuts that it is to improve on,
+# then the controls. Each removes what it scores lowest.
+OWN = ("chosen together",)
+SINGLE = ("least discriminative", "least impact")
+CONTROLS = (
+    "least attended",
+    EVIT,
+    TOME,
+    "random",
+    "most discriminative",
+)
+RULES = (*OWN, *SINGLE, *CONTROLS)
 # Of the images that are timed.
 _BATCH_SIZES = (1, 64)
 
@@ -76,10 +84,27 @@ class Removal:
         def predict(layer, patches):
             return _gathered(params, before[layer], patches, layer=layer, model=model)
 
+        by_score = patch_scores(case.attention, case.impact, case.image_keys)
+        scores = {rule: {} for rule in RULES}
+        for layer in self._layers:
+            scores[OWN[0]][layer] = select_patches(
+                model,
+                params,
+                case.images,
+                layer,
+                key=case.probe_key,
+                removed=max(self._shares),
+                target=case.subject.target,
+                num_probes=case.subject.num_probes,
+            )
+            keys = layer_keys(params, before[layer], layer=layer, model=model)
+            scores[TOME][layer] = alike(keys)
+            for rule, score in by_score.items():
+                scores[rule][layer] = score[layer]
         return removal(
             predict,
             case.whole,
-            patch_scores(case.attention, case.impact, case.image_keys),
+            scores,
             layers=self._layers,
             shares=self._shares,
             labels=case.labels,
@@ -263,49 +288,6 @@ def _take_turns(functions, turns):
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def patch_scores(
-    attention: Float[Array, "L B H N N"],
-    impact: Float[Array, "L B H P P"],
-    keys: KeyArray[Array, " B"],
-) -> dict[str, Float[Array, "L B P"]]:
-    """Returns by what each rule ranks the patches before each layer.
-
-    Each score is summed over that layer and those after it:
-
-    - ``least discriminative``: the standard deviation over the queries of the
-      propagated impact a patch has on them;
-    - ``least impact``: the propagated impact a patch has on others;
-    - ``least attended``: the attention it receives, mean over heads, from the CLS
-      token if there is one, else from all patches in the mean;
-    - ``most discriminative``: the first one, reversed.
-
-    Args:
-      attention: of all layers and tokens.
-      impact: propagated, per head, of all layers; heads are summed.
-      keys: randomness of each image.
-    """
-    num_prefix_tokens = attention.shape[-1] - impact.shape[-1]
-    impact = impact.sum(2)
-    received = attention.mean(2)[..., num_prefix_tokens:]
-    received = received[:, :, 0] if num_prefix_tokens else received.mean(2)
-    on_others = jnp.where(jnp.eye(impact.shape[-1], dtype=bool), 0.0, impact).sum(-2)
-
-    def to_come(score):
-        return jnp.cumsum(score[::-1], 0)[::-1]
-
-    def noise(key):
-        return jax.random.uniform(key, (impact.shape[0], impact.shape[-1]))
-
-    telling = to_come(discriminability(impact))
-    return {
-        "least discriminative": telling,
-        "least impact": to_come(on_others),
-        "least attended": to_come(received),
-        "random": jnp.moveaxis(jax.vmap(noise)(keys), 0, 1),
-        "most discriminative": -telling,
-    }
-
-
 def num_kept(share: float, num_patches: int) -> int:
     """Returns how many patches are left when a share of them is removed, at least 1."""
     return max(1, num_patches - round(share * num_patches))
@@ -314,7 +296,7 @@ def num_kept(share: float, num_patches: int) -> int:
 def removal(
     predict: Callable[[int, Int[Array, "B kept"]], Answer],
     whole: Answer,
-    scores: Mapping[str, Float[Array, "L B P"]],
+    scores: Mapping[str, Mapping[int, Float[Array, "B P"]]],
     *,
     layers: Sequence[int],
     shares: Sequence[float],
@@ -325,7 +307,7 @@ def removal(
     Args:
       predict: the model's answer when from a layer on only some patches are there.
       whole: its answer when all are.
-      scores: of the patches before each of the model's layers, by rule.
+      scores: of the patches before each of the layers, by rule.
       layers: before which patches are removed.
       shares: of the patches that are removed.
       labels: the true classes, or None if the model does not know them.
@@ -336,7 +318,7 @@ def removal(
     """
 
     def outcome(layer, score, share):
-        patches = keep_patches(score[layer], num_kept(share, score.shape[-1]))
+        patches = keep_patches(score[layer], num_kept(share, score[layer].shape[-1]))
         return agreement(predict(layer, patches), whole, labels, patches)
 
     outcomes = [

@@ -20,6 +20,7 @@ from jaxtyping import Key as KeyArray
 from matplotlib.figure import Figure
 
 from wf_vit import measure
+from wf_vit.models.recording import Recording
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Key, Labels, Logits, Params, Tokens
 from wf_vit.verify.bootstrap import Interval
@@ -92,7 +93,7 @@ class Case:
             per_head=True,
             target=self.subject.target,
             num_probes=self.subject.num_probes,
-            key=jax.random.fold_in(self.key, 0),
+            key=self.probe_key,
         )
 
     @property
@@ -106,14 +107,24 @@ class Case:
         return self._propagated.impact
 
     @property
+    def recording(self) -> Recording:
+        """The forward pass of the model left alone."""
+        return self._propagated.recording
+
+    @property
     def attention(self) -> Float[Array, "L B H N N"]:
         """The attention of all layers and tokens."""
-        return self._propagated.recording.attention
+        return self.recording.attention
+
+    @property
+    def probe_key(self) -> Key:
+        """Randomness of the probes, of the impact and of what is chosen together."""
+        return jax.random.fold_in(self.key, 0)
 
     @property
     def whole(self) -> Answer:
         """The answer of the model left alone."""
-        recording = self._propagated.recording
+        recording = self.recording
         patches = recording.tokens[:, self.subject.model.num_prefix_tokens :]
         return Answer(recording.logits, recording.pooled, patches)
 
