@@ -86,7 +86,7 @@ KEYS = {
     ),
     "timing_turns": Setting(
         5,
-        "of removal: turns of the wall-clock at batch 1 and 64; 0: not measured",
+        "of windows and removal: turns of the wall-clock; 0: not measured",
         low=0,
         high=1000,
     ),

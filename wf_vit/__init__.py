@@ -24,6 +24,7 @@ _PARTS = (
     "measure",
     "models",
     "page",
+    "selection",
     "shapes",
     "tendency",
     "train",

@@ -9,13 +9,9 @@ The documented choices: a patch always keeps its interaction with itself, i<-i,
 which counts in the budget; interactions with prefix tokens are never cut and do not
 count. The budget of an image is met exactly, ties go to the first.
 
-Recommended, per head: the geometric mean of attention and of the impact propagated to
-all tokens, by one threshold. A DINOv2 ViT-S/14 that keeps half of the interactions so
-has cosines of .999 (pooled) and .998 (patches) with the full network, in the mean of
-fourteen pictures, and beats every control. At a quarter it has .984 and .982, ahead of
-attention, top k per query and head (.979 and .973), by less than the interval. At a
-tenth the two are level: .906 and .911 against .925 and .905. No smaller budget was
-measured (results/verify/dinov2/table.md).
+Scores of single cuts do not add up when most is cut: `wf_vit.selection` chooses what to
+keep. Where that takes too long, take the geometric mean of attention and of the impact
+propagated to all tokens, per head, by one threshold.
 """
 
 from functools import partial

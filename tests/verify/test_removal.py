@@ -174,7 +174,8 @@ def test_time_is_that_of_the_best_layer_of_the_first_measure(case, estimate):
         "64": ("0", "0.5"),
     }
     assert all(time > 0 for by_share in times.values() for time in by_share.values())
-    *_, table = protocol.tables(summary, 2)
+    *_, table, cost = protocol.tables(summary, 2)
+    assert "| chosen together, ranking 50 % before layer 1 |" in cost
     assert "patches removed before layer 1 | 0 % | 50 % |" in table
     assert table.count("(1.00 x)") >= 2
 

@@ -181,7 +181,7 @@ def test_answers_land_at_their_rule_and_share():
 
 def protocol(case, *shares):
     config = verify_config.get_config()
-    config.kept = shares
+    config.kept, config.timing_turns = shares, 0
     return Windows(case.subject, config)
 
 

@@ -5,8 +5,6 @@ is left of the model's answer is compared with what other choices of as many pat
 leave.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -22,7 +20,7 @@ from wf_vit.interventions import gather_patches, keep_patches
 from wf_vit.models.vit import ViT
 from wf_vit.selection import select_patches
 from wf_vit.shapes import Images, Labels, Logits, Params, Tokens
-from wf_vit.verify import report
+from wf_vit.verify import cost, report
 from wf_vit.verify.patch_scores import EVIT, TOME, alike, layer_keys, patch_scores
 from wf_vit.verify.subject import (
     Answer,
@@ -148,7 +146,23 @@ class Removal:
             },
         }
         if self._turns:
-            summary["milliseconds_per_image"] = self._times(_timed_layer(summary))
+            layer = _timed_layer(summary)
+            summary["milliseconds_per_image"] = self._times(layer)
+            share = max(self._shares)
+
+            def choose(images, key):
+                model, params = self._subject.model, self._subject.params
+                return select_patches(
+                    model,
+                    params,
+                    images,
+                    layer,
+                    key=key,
+                    removed=share,
+                    num_probes=self._subject.num_probes,
+                )
+
+            summary["cost"] = cost.measure(self._subject, choose, self._turns)
         return summary
 
     def tables(self, summary: Summary, images: int) -> Iterator[str]:
@@ -167,7 +181,10 @@ class Removal:
                 margins = summary["margins"][measure][own][str(layer)]
                 yield report.verdict(own, margins, measure)
         if "milliseconds_per_image" in summary:
-            yield _time_table(summary["milliseconds_per_image"], _timed_layer(summary))
+            layer = _timed_layer(summary)
+            yield _time_table(summary["milliseconds_per_image"], layer)
+            what = f"ranking {report.percent(max(self._shares))} before layer {layer}"
+            yield cost.table(summary["cost"], what)
 
     def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
         """Yields a figure for each measure, with a panel for each layer."""
@@ -211,7 +228,7 @@ class Removal:
                 )
             times[str(size)] = {
                 str(share): milliseconds / size
-                for share, milliseconds in _take_turns(forward, self._turns).items()
+                for share, milliseconds in cost.take_turns(forward, self._turns).items()
             }
         return times
 
@@ -273,19 +290,6 @@ def _shortened(
     """Returns the logits when from a layer on only some patches are there."""
     tokens = streams(params, images, layers=(layer,), model=model)[layer]
     return _gathered(params, tokens, patches, layer=layer, model=model).logits
-
-
-def _take_turns(functions, turns):
-    """Returns the median time of each function, in milliseconds."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    taken = {name: [] for name in functions}
-    for _ in range(turns):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def num_kept(share: float, num_patches: int) -> int:

@@ -26,7 +26,7 @@ from wf_vit.models.recording import linearize
 from wf_vit.models.vit import ViT
 from wf_vit.selection import select_interactions
 from wf_vit.shapes import Images, Labels, Params
-from wf_vit.verify import report
+from wf_vit.verify import cost, report
 from wf_vit.verify.subject import (
     Answer,
     Case,
@@ -68,7 +68,8 @@ class Windows:
     needs_head = False
 
     def __init__(self, subject: Subject, config: ml_collections.ConfigDict):
-        """Reads ``config.kept``, the shares of the interactions that are kept."""
+        """Reads ``config.kept`` and ``config.timing_turns``."""
+        self._subject, self._turns = subject, config.timing_turns
         model = subject.model
         patches = model.num_tokens - model.num_prefix_tokens
         self._named = tuple(config.kept)
@@ -103,9 +104,9 @@ class Windows:
         )
 
     def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
-        """Returns every measure by rule and share, and the margins over controls."""
+        """Returns every measure by rule and share, margins over controls, and costs."""
         own, controls = RULES.index(OWN), [RULES.index(rule) for rule in CONTROLS]
-        return {
+        summary = {
             "measures": {
                 measure: report.nested(estimate(o), RULES, self._named)
                 for measure, o in outcomes.items()
@@ -117,6 +118,20 @@ class Windows:
                 for measure, o in outcomes.items()
             },
         }
+        if self._turns:
+
+            def choose(images, key):
+                return select_interactions(
+                    self._subject.model,
+                    self._subject.params,
+                    images,
+                    self._shares[:1],
+                    key=key,
+                    num_probes=self._subject.num_probes,
+                )
+
+            summary["cost"] = cost.measure(self._subject, choose, self._turns)
+        return summary
 
     def tables(self, summary: Summary, images: int) -> Iterator[str]:
         """Yields a table of the rules for each measure, and what was not beaten."""
@@ -128,6 +143,8 @@ class Windows:
             head = f"{report.MEASURES[measure][0]}, attention kept"
             yield report.rows(head, summary["measures"][measure], measure)
             yield report.verdict(OWN, summary["margins"][measure], measure)
+        if "cost" in summary:
+            yield cost.table(summary["cost"], "one share")
 
     def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
         """Yields one figure, with a panel for each measure."""
