@@ -179,7 +179,7 @@ def record(
       UsageError: unknown or repeated layers, images that do not fit the model.
     """
     chosen = model.check_layers(layers)
-    _check_images(images)
+    check_images(images)
     return _record(params, images, model=model, layers=chosen)
 
 
@@ -225,7 +225,7 @@ def propagate(
     """
     check_target(model, target)
     chosen = model.check_layers(layers)
-    _check_images(images)
+    check_images(images)
     return _propagate(
         params,
         images,
@@ -284,7 +284,7 @@ def propagate_logit(
             f"has {model.num_classes}: name classes from 0 to C - 1."
         )
     chosen = model.check_layers(layers)
-    _check_images(images)
+    check_images(images)
     return _propagate_logit(
         params,
         images,
@@ -307,7 +307,8 @@ def check_target(model: ViT, target: str) -> None:
         raise UsageError("target='cls', but the model has no CLS token: use 'pooled'.")
 
 
-def _check_images(images: AnyImages) -> None:
+def check_images(images: AnyImages) -> None:
+    """Raises UsageError if images are not floats, so cannot be normalised."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UsageError(
             f"The images are {images.dtype}, expected normalised images, floats: pass "

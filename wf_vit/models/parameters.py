@@ -23,6 +23,13 @@ class OutputProjection(NamedTuple):
     output_kernel: Float[Array, "L H K D"]
     residual_scale: Float[Array, "L D"] | None
 
+    @property
+    def scaled(self) -> Float[Array, "L H K D"]:
+        """The output kernel, with LayerScale."""
+        if self.residual_scale is None:
+            return self.output_kernel
+        return self.output_kernel * self.residual_scale[:, None, None]
+
 
 def output_projection(
     model: ViT, params: Params, layers: Sequence[int] | None = None
@@ -45,9 +52,7 @@ def head_gain(model: ViT, params: Params) -> Float[Array, "L H"]:
     """
     # Means and products of parameters in bfloat16 would be too coarse.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    output_kernel, residual_scale = output_projection(model, params)
-    if residual_scale is not None:
-        output_kernel = output_kernel * residual_scale[:, None, None]
+    output_kernel = output_projection(model, params).scaled
     blocks = [params[f"blocks_{layer}"] for layer in range(model.depth)]
     norms = jnp.stack([block["attention_norm"]["scale"] for block in blocks])
     kernels = jnp.stack([block["attention"]["value"]["kernel"] for block in blocks])

@@ -35,14 +35,15 @@ def select_interactions(
 ) -> tuple[Keep, ...]:
     """Chooses which interactions between patches to keep, per head, in all layers.
 
-    Keys are added to each query one after the other, each the one that brings the mean
-    nearest to the full model's output. How many a query gets is decided for all layers,
-    heads and queries of an image at once, by what a further key gains. The layers are
-    then cut in their order: each chooses its keys anew in the model that is already cut
-    before it, still towards the outputs of the full model.
+    The keys of each query are those whose renormalised mean is nearest to what the head
+    hands on in the full model: added one after the other, or taken away from all, by
+    what is nearer at that number of keys. How many a query gets is decided for all
+    layers, heads and queries of an image at once, by what a further key gains. The
+    layers are then cut in their order: each chooses anew in the model that is already
+    cut before it, still towards the full model.
 
-    It takes ``num_probes`` backward passes, and for each share three forward passes and
-    two searches, which cost more than the passes (results/verify/README.md).
+    It takes ``num_probes`` backward passes, three forward passes for each share, and
+    searches that cost more than these (results/selection/README.md).
 
     Args:
       model: a ViT or a window-free transformer.

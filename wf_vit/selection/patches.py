@@ -186,9 +186,7 @@ def _remove(
         return jnp.square(distance).sum() / 2, (out["records"], final, distance)
 
     gradient, (records, final, distance) = jax.grad(run, has_aux=True)(zeros)
-    kernel, residual_scale = output_projection(model, params)
-    if residual_scale is not None:
-        kernel = kernel * residual_scale[:, None, None]
+    kernel = output_projection(model, params).scaled
     layers = range(layer, model.depth)
 
     def heads(of):

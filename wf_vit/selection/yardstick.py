@@ -42,6 +42,7 @@ def yardstick(
 ) -> tuple[Yardstick, Recording]:
     """Returns the yardstick of all layers, and the recording of the full model."""
     measure.check_target(model, target)
+    measure.check_images(images)
     if num_probes < 1:
         raise UsageError(
             f"num_probes is {num_probes}, expected 1 or more: 8 is enough."
@@ -66,8 +67,7 @@ def _measured(
         model, layers, params, images, operator.itemgetter(target)
     )
     signs = random_signs(output, key)
-    kernel, scale = output_projection(model, params)
-    kernel = kernel if scale is None else kernel * scale[:, None, None]
+    kernel = output_projection(model, params).scaled
 
     def add_probe(sums, probe):
         seen = einsum("lhkd,lbnd->lbhnk", kernel, gradients(signs(probe)))

@@ -183,7 +183,9 @@ class Removal:
         if "milliseconds_per_image" in summary:
             layer = _timed_layer(summary)
             yield _time_table(summary["milliseconds_per_image"], layer)
-            what = f"ranking {report.percent(str(max(self._shares)))} before layer {layer}"
+            what = (
+                f"ranking {report.percent(str(max(self._shares)))} before layer {layer}"
+            )
             yield cost.table(summary["cost"], what)
 
     def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:

@@ -176,8 +176,7 @@ def _scores(case: Case) -> dict[str, Scores]:
     prefix = model.num_prefix_tokens
     attention = recording.attention[..., prefix:, prefix:]
     rollout = impact(model, params, case.images, "rollout", recording=recording).impact
-    kernel, scale = output_projection(model, params)
-    kernel = kernel if scale is None else kernel * scale[:, None, None]
+    kernel = output_projection(model, params).scaled
     written = einsum("lbnhk,lhkd->lbhnd", recording.values, kernel)
     norms = jnp.linalg.norm(written, axis=-1)[..., None, prefix:]
     gradient = _attention_gradient(params, case.images, model=model)
@@ -204,8 +203,7 @@ def _attention_gradient(
 
     layers = model.check_layers(None)
     output, gradients, recording = linearize(model, layers, params, images, read)
-    kernel, scale = output_projection(model, params)
-    kernel = kernel if scale is None else kernel * scale[:, None, None]
+    kernel = output_projection(model, params).scaled
     seen = einsum("lhkd,lbnd->lbhnk", kernel, gradients(jnp.ones_like(output)))
     return einsum("lbhik,lbjhk->lbhij", seen, recording.values)
 
