@@ -75,3 +75,18 @@ def test_a_rule_looks_the_same_in_all_panels():
 def test_no_curves_are_refused():
     with pytest.raises(UsageError, match="no curves"):
         figures.evidence({}, "x", own=())
+
+
+def test_points_that_lie_close_are_spread_by_logarithms():
+    def scale(*shares):
+        x = np.array(shares, float)
+        figure = figures.evidence(
+            {"a": {"rule": figures.Curve(x, x, x, x)}}, "x", own=()
+        )
+        axes = figure.axes[0]
+        assert [t.get_text() for t in axes.get_xticklabels()] == [f"{s:g}" for s in x]
+        return axes.get_xscale()
+
+    assert scale(50, 25, 10, 5) == "log"
+    assert scale(25, 50, 75) == "linear"
+    assert scale(0, 1, 50) == "linear"

@@ -80,7 +80,7 @@ def evidence(
                     curve.x, curve.mean, marker=".", lw=1.6 if mine else 0.8, **look
                 )
                 if len(curve.x) <= 5:
-                    panel.set_xticks(curve.x)
+                    _mark(panel, curve.x)
             _make_room([c for rule, c in curves.items() if rule not in aside], panel)
         for panel in axes.flat[len(panels) :]:
             panel.remove()
@@ -96,6 +96,14 @@ def evidence(
         names = [f"{rule} (if in view)" if rule in aside else rule for rule in rules]
         figure.legend(handles, names, loc="outside lower center", ncols=2)
     return figure
+
+
+def _mark(panel: Axes, x: Float[np.ndarray, " points"]) -> None:
+    """Marks every point of the horizontal axis, in logarithms where some lie close."""
+    if x.min() > 0 and len(x) > 1 and np.diff(np.sort(x)).min() < 0.15 * np.ptp(x):
+        panel.set_xscale("log")
+        panel.minorticks_off()
+    panel.set_xticks(x, labels=[f"{value:g}" for value in x])
 
 
 def _make_room(curves: Sequence[Curve], panel: Axes) -> None:
