@@ -55,14 +55,10 @@ def table(milliseconds: Mapping[str, float], what: str) -> str:
       what: what is chosen together.
     """
     whole = milliseconds[FORWARD]
-    lines = [
-        [
-            f"{name}, {what}" if name == TOGETHER else name,
-            f"{t:.3g}",
-            f"{t / whole:.3g}",
-        ]
-        for name, t in milliseconds.items()
-    ]
+    lines = []
+    for name, time_of in milliseconds.items():
+        label = f"{name}, {what}" if name == TOGETHER else name
+        lines.append([label, f"{time_of:,.1f}", f"{time_of / whole:,.1f}"])
     return report.markdown(["cost for one image", "ms", "forward passes"], lines)
 
 
