@@ -172,7 +172,7 @@ def test_sums_of_known_sets():
     got = groups.sums([cut, ~cut], impact, 2 * impact, 3 * impact)
     assert got == {
         "sum of propagated impact": [7, 0],
-        "root of its sum of squares": [5, 0],
+        "root sum of squared impact": [5, 0],
         "sum of knockout impact": [14, 0],
         "sum of attention": [21, 0],
     }

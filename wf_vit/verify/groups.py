@@ -36,7 +36,7 @@ SCOPES = ("one layer", "all layers")
 OWN = "effect of the set"
 LAYERS = ("layers with signs", "layers without signs")
 # What predicts the displacement; the first of them in units of the output.
-IN_UNITS = (OWN, *LAYERS, "sum of propagated impact", "root of its sum of squares")
+IN_UNITS = (OWN, *LAYERS, "sum of propagated impact", "root sum of squared impact")
 PREDICTORS = (*IN_UNITS, "sum of knockout impact", "sum of attention", "random")
 
 # Sets that are cut in one call.
@@ -187,7 +187,7 @@ def sums(
     """Returns what each set sums up to, by the names of ``PREDICTORS``."""
     of = {
         "sum of propagated impact": impact,
-        "root of its sum of squares": np.square(impact),
+        "root sum of squared impact": np.square(impact),
         "sum of knockout impact": knockout,
         "sum of attention": attention,
     }
@@ -195,7 +195,7 @@ def sums(
         name: [float(numbers[cut].sum(dtype=np.float64)) for cut in cuts]
         for name, numbers in of.items()
     }
-    root = "root of its sum of squares"
+    root = "root sum of squared impact"
     found[root] = [total**0.5 for total in found[root]]
     return found
 
