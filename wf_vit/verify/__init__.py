@@ -3,8 +3,8 @@
 A protocol compares what an indicator chooses with controls of equal size. Each has a
 file of its own, with its rules, measurement, summary, table and figures:
 
-- ``windows``: the attention of all layers restricted to the strongest interactions;
-- ``removal``: the least telling patches gathered out, from some layer on;
+- ``windows``: the attention of all layers restricted to some interactions;
+- ``removal``: patches gathered out, from some layer on;
 - ``pixels``: patches of the image filled, in the order of a map;
 - ``faithfulness``: the ranks of interactions, against real cuts;
 - ``groups``: what is predicted of whole sets of interactions, against real cuts.
