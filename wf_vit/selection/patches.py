@@ -17,8 +17,8 @@ from wf_vit.shapes import Images, Keys, Params, Tokens
 
 # In how many steps all patches are removed; before each the model is run again.
 _STEPS = 32
-# How much more than on its own a removal is expected to move the output for each other
-# of its step, because they move it the same way.
+# How much more than on its own a removal counts, for each patch of its step: they may
+# move the output the same way.
 _CAUTION = 4.0
 # The least weight that the other keys of a query may have, against division by 0.
 _LEAST = 1e-6
@@ -74,10 +74,8 @@ def select_patches(
         target = "tokens"
     scale, recording = yardstick(model, params, images, target, key, num_probes)
     scale = jax.tree.map(lambda x: x[layer:], scale)
-    prefix, patches = (
-        model.num_prefix_tokens,
-        model.num_tokens - model.num_prefix_tokens,
-    )
+    prefix = model.num_prefix_tokens
+    patches = model.num_tokens - prefix
     tokens = run_to(params, images, model=model, layer=layer)
     ranks = jnp.where(jnp.arange(model.num_tokens) < prefix, 0, patches + 1)
     ranks = jnp.broadcast_to(ranks, (len(images), model.num_tokens))
@@ -153,10 +151,8 @@ def _remove(
     Returns:
       The ranks, with those of the removed.
     """
-    prefix, patches = (
-        model.num_prefix_tokens,
-        model.num_tokens - model.num_prefix_tokens,
-    )
+    prefix = model.num_prefix_tokens
+    patches = model.num_tokens - prefix
     is_patch = (jnp.arange(model.num_tokens) >= prefix)[None]
     there = (ranks == 0) | (ranks > patches)
     bias = jnp.where(there, 0.0, -jnp.inf)[:, None, None]

@@ -30,8 +30,7 @@ def patch_scores(
     - ``least impact``: the propagated impact a patch has on others;
     - ``least attended``: the attention it receives, mean over heads, from the CLS
       token if there is one, else from all patches in the mean;
-    - ``EVIT``: the same, of the layer before alone (arXiv
-      2202.07800), or of the first layer;
+    - ``EVIT``: the same, of the layer before alone (arXiv 2202.07800), or of the first;
     - ``most discriminative``: the first one, reversed.
 
     Args:
