@@ -1,5 +1,6 @@
 """Settings of all tests: four devices, shapes and dtypes enforced."""
 
+import gc
 import os
 import shutil
 from importlib.metadata import version
@@ -35,6 +36,19 @@ jaxtyping.install_import_hook("wf_vit", "beartype.beartype").__enter__()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of a process. Linux allows 65,530, a compiled program takes about six, and XLA crashes
+# when there are no more.
+MANY_MEMORY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Drops what was compiled before there is too much of it."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
