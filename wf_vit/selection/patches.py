@@ -37,13 +37,13 @@ def select_patches(
 ) -> Float[Array, "B P"]:
     """Ranks patches by how well the layers from one on can do without them.
 
-    A 32nd of the patches is removed at a time: those without which the output of the
-    model, as it is by then, goes least away from that of the full model. That is taken
-    to second order, summed over the queries, heads and layers that lose the patch.
-    With e the distance of the output now, and J delta the shift by a removal, it is
-    ``e . J delta``, signed and exact to first order, from one backward pass; and
-    ``|J delta|^2`` from the metric of `select_interactions`, without the terms between
-    patches, for which it counts more.
+    A 32nd of the patches is removed at a time: those whose removal takes the output of
+    the model, as it is by then, least far from that of the full model. The cost of a
+    removal is of second order, summed over the queries, heads and layers that lose the
+    patch. With e the difference of the outputs now, and J delta what the removal adds
+    to it, the first term is ``e . J delta``, with its sign, from one backward pass. The
+    second is ``|J delta|^2`` in the metric of `select_interactions`. It leaves out what
+    two patches do together, and counts more for that.
 
     Each step takes a forward and a backward pass, and there are ``num_probes`` backward
     passes before the first one.

@@ -82,7 +82,7 @@ def layer_keys(
 
 @jax.jit
 def alike(keys: Float[Array, "B P K"]) -> Float[Array, "B P"]:
-    """Ranks patches by how unlike their keys are, as ToMe merges them.
+    """Ranks patches by how unlike their keys are, in the order in which ToMe merges.
 
     Every other patch is matched with the likest of the rest by the cosine of the keys
     (arXiv 2210.09461); the likest go first. Then the same with the rest, until one is
