@@ -34,8 +34,8 @@ from wf_vit.data.augment import normalize
 from wf_vit.data.config import DataConfig, DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
+from wf_vit.models.attention import DROPPED
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import DROPPED
 from wf_vit.shapes import Key, Params
 from wf_vit.train import parallel, steps
 from wf_vit.train.checkpoint import Checkpoints

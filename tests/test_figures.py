@@ -16,7 +16,7 @@ from wf_vit import figures
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
 from wf_vit.fields import responsive_field
-from wf_vit.models.windowfree import make_fields
+from wf_vit.models.learned_fields import make_fields
 
 GRID = (4, 6)
 PATCHES = 24

@@ -94,7 +94,7 @@ def test_bias_cuts_interactions_of_patches_only(prefix):
     assert len(biases) == LAYERS
     tokens = PATCHES + prefix
     keys = jax.random.split(jax.random.key(1), 3)
-    qkv = [jax.random.normal(key, (IMAGES, tokens, HEADS, 4)) for key in keys]
+    qkv = [jax.random.normal(key, (IMAGES, HEADS, tokens, 4)) for key in keys]
     for bias, layer in zip(biases, keep, strict=True):
         _, weights = attend(*qkv, bias)
         np.testing.assert_array_equal(weights[..., prefix:, prefix:] > 0, layer)

@@ -8,13 +8,8 @@ import pytest
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
 from wf_vit.models.attention import DROPPED
-from wf_vit.models.windowfree import (
-    FieldConfig,
-    PredictedFields,
-    gaussians_of,
-    make_fields,
-    raw_width,
-)
+from wf_vit.models.learned_fields import gaussians_of, make_fields, raw_width
+from wf_vit.models.windowfree import FieldConfig, PredictedFields
 
 GRID = (3, 5)
 
@@ -77,8 +72,7 @@ def test_hard_fields_drop_keys_but_never_the_patch_itself():
     assert np.all(cut[~kept] == np.float32(DROPPED))
     weights = jax.nn.softmax(hard.attention_bias(num_prefix_tokens=0))
     assert np.all(weights[~kept] == 0)
-    area = np.where(kept, np.exp(log_m), 0).mean(-1)
-    np.testing.assert_allclose(hard.area(), area, rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(hard.area(), soft.area())
 
 
 def test_prefix_tokens_see_and_are_seen_by_everything():
@@ -191,11 +185,21 @@ def test_heads_report_where_they_listen_and_how_widely(kept):
     """By hand: mean and variance of the places, of a patch and of a prefix token."""
     gaussians = random_gaussians()[:, :, : 15 if kept is None else 4]
     patches = None if kept is None else jnp.asarray(kept)
-    fields = make_fields(gaussians, grid=GRID, patches=patches)
     tokens = 2 + gaussians.shape[2]
     rng = np.random.default_rng(0)
-    attention = rng.dirichlet(np.ones(tokens), size=(2, 4, tokens))
-    got = fields.report(jnp.asarray(attention, jnp.float32))
+    logits = jnp.asarray(np.log(rng.dirichlet(np.ones(tokens), size=(2, 4, tokens))))
+    zeros = jnp.zeros((2, 4, tokens, 3))
+    # Fields that reach everything, so that the logits alone decide.
+    wide = jnp.concatenate([0 * gaussians[..., :2], 0 * gaussians[..., 2:] + 1e4], -1)
+    fields = make_fields(wide, grid=GRID, patches=patches)
+    for record in (False, True):
+        _, _, moments = fields.attend(zeros, zeros, zeros, logits, record)
+        got = jnp.swapaxes(fields.report(moments), 1, 2)
+        check_report(got, np.exp(logits), kept)
+
+
+def check_report(got, attention, kept):
+    tokens = attention.shape[-1]
     assert got.shape == (2, tokens, 4, 4)
     whole = geometry.coordinates(GRID)
     for image, head, token in [(0, 0, 2), (1, 3, 5), (1, 2, 0)]:

@@ -24,8 +24,8 @@ from wf_vit import indicators
 from wf_vit.data.config import DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
+from wf_vit.models.learned_fields import gaussians_of, make_fields
 from wf_vit.models.registry import ModelConfig
-from wf_vit.models.windowfree import gaussians_of, make_fields
 from wf_vit.train import guidance as guiding
 from wf_vit.train.config import resolve
 from wf_vit.train.teacher import Teacher

@@ -1,10 +1,19 @@
 """Self-attention with three uses: plain, recorded, and with an additive bias.
 
-One layer serves every model of the package. Queries are scaled, not the logits, of
-which there are many more. With a recording or learned fields, which need the weights,
-and on a CPU, where that is faster, the arithmetic is written out; else
-``jax.nn.dot_product_attention`` runs. Learned fields that can be folded into queries
-and keys (`windowfree.LearnedFields.fold`) are, unless the weights are recorded.
+One layer serves every model of the package. What runs is decided in two functions:
+
+  * `attend` is written out and returns the weights, for recordings, and for learned
+    fields where products of float32 are not exact: on accelerators, and in bfloat16.
+  * `fused` returns no weights, so that it may choose: on a CPU `blocked.attend` for
+    long sequences, else the arithmetic written out; ``jax.nn.dot_product_attention``
+    on accelerators.
+
+Elsewhere learned fields are folded into queries, keys and values
+(`learned_fields.LearnedFields.fold`), so that they cost what plain attention costs.
+Hard fields of a large grid visit only what they reach (`blocked.attend_within`).
+
+Queries are scaled, not the logits, and outputs are divided by the softmax's sums, not
+the weights: there are fewer of them.
 """
 
 from collections.abc import Callable
@@ -18,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
 from wf_vit.grid import Grid
+from wf_vit.models import blocked
 from wf_vit.models.positions import Rotary, rotate
 
 Dtype = jnp.dtype | type
@@ -29,6 +39,10 @@ FIELD_NAMES = (FIELD, REPORT)
 
 # Added to the logits of a key that must not be attended to: exp() of it is exactly 0.
 DROPPED = -1e9
+
+# Tokens from which attention is computed in blocks on a CPU: a step takes less time
+# from here on (docs/design.md), and never the memory of all the logits.
+BLOCKED_FROM = 1024
 
 # What a layer records: its name, and the array.
 Record = dict[str, Array]
@@ -50,16 +64,15 @@ class Bias(Protocol):
 
 
 def attend(
-    query: Float[Array, "B N H Q"],
-    key: Float[Array, "B N H Q"],
-    value: Float[Array, "B N H K"],
-    bias: Float[Array, "#B #H N N"] | None,
-) -> tuple[Float[Array, "B N H K"], Float[Array, "B H N N"]]:
+    query: Float[Array, "B H N K"],
+    key: Float[Array, "B H N K"],
+    value: Float[Array, "B H N K"],
+    bias: Float[Array, "#B #H N N"] | None = None,
+) -> tuple[Float[Array, "B H N K"], Float[Array, "B H N N"]]:
     """Scaled dot-product attention, with its weights.
 
     Args:
-      query: queries, scaled; with folded fields they and the keys are longer than the
-        values.
+      query: queries, scaled.
       key: keys.
       value: values.
       bias: is added to the logits, or None.
@@ -68,26 +81,44 @@ def attend(
       The heads' outputs in the dtype of ``value``, and the attention weights in
       float32, whose rows sum to 1 whatever the inputs' dtype.
     """
-    logits = jnp.einsum(
-        "bnhk,bmhk->bhnm", query, key, preferred_element_type=jnp.float32
-    )
-    if bias is not None:
-        logits = logits + bias
-    weights = jax.nn.softmax(logits, axis=-1)
-    output = jnp.einsum("bhnm,bmhk->bnhk", weights.astype(value.dtype), value)
-    return output, weights
+    weights = jax.nn.softmax(_logits(query, key, bias), axis=-1)
+    return jnp.einsum("bhnm,bhmk->bhnk", weights.astype(value.dtype), value), weights
 
 
 def fused(
-    query: Float[Array, "B N H K"],
-    key: Float[Array, "B N H K"],
-    value: Float[Array, "B N H K"],
-    bias: Float[Array, "#B #H N N"] | None,
-) -> Float[Array, "B N H K"]:
+    query: Float[Array, "B H N Q"],
+    key: Float[Array, "B H N Q"],
+    value: Float[Array, "B H N V"],
+    bias: Float[Array, "#B #H N N"] | None = None,
+) -> Float[Array, "B H N V"]:
     """Returns the output of `attend`, as fast as the backend can."""
-    if jax.default_backend() == "cpu":
-        return attend(query, key, value, bias)[0]
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
+    if jax.default_backend() != "cpu":
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        output = jax.nn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
+        return jnp.swapaxes(output, 1, 2)
+    if bias is None and query.shape[2] >= BLOCKED_FROM:
+        return blocked.attend(query, key, value).astype(value.dtype)
+    logits = _logits(query, key, bias)
+    highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - highest)
+    output = jnp.einsum(
+        "bhnm,bhmk->bhnk",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (output / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+
+def _logits(
+    query: Float[Array, "B H N Q"],
+    key: Float[Array, "B H N Q"],
+    bias: Float[Array, "#B #H N N"] | None,
+) -> Float[Array, "B H N N"]:
+    logits = jnp.einsum(
+        "bhnk,bhmk->bhnm", query, key, preferred_element_type=jnp.float32
+    )
+    return logits if bias is None else logits + bias
 
 
 class RelativePositions(nn.Module):
@@ -199,26 +230,27 @@ class SelfAttention(nn.Module):
             )(x.shape[1] - count, patches)
             bias = own if bias is None else bias + own
         query = query * query.shape[-1] ** -0.5
-        fields = None
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        fields, weights, report = None, None, None
         if self.field is not None:
-            field = self.field(num_heads=self.num_heads, name=FIELD)
-            own = field(x, patches)
-            fields = own if own.is_learned_field else None
-            if fields is not None and fields.folds(self.dtype) and not record:
-                query, key = fields.fold(query, key)
+            own = self.field(num_heads=self.num_heads, name=FIELD)(x, patches)
+            if own.is_learned_field:
+                fields = own
             else:
                 prefix = x.shape[1] - own.num_patches
                 field_bias = own.attention_bias(num_prefix_tokens=prefix)
                 bias = field_bias if bias is None else bias + field_bias
-        recorded, report = {}, None
-        if record or fields is not None:
+        if fields is not None:
+            output, weights, moments = fields.attend(query, key, value, bias, record)
+            report = jnp.swapaxes(fields.report(moments), 1, 2).astype(self.dtype)
+        elif record:
             output, weights = attend(query, key, value, bias)
-            if record:
-                recorded = {"attention": weights, "values": value.astype(jnp.float32)}
-            if fields is not None:
-                report = fields.report(weights).astype(self.dtype)
         else:
             output = fused(query, key, value, bias)
+        recorded = {}
+        if record:
+            values = jnp.swapaxes(value, 1, 2).astype(jnp.float32)
+            recorded = {"attention": weights, "values": values}
 
         def write(x: Float[Array, "B N H K"], name: str, use_bias: bool) -> Array:
             return nn.DenseGeneral(
@@ -230,7 +262,7 @@ class SelfAttention(nn.Module):
                 name=name,
             )(x)
 
-        output = write(output, "out", True)
+        output = write(jnp.swapaxes(output, 1, 2), "out", True)
         if report is not None:
             output += write(report, REPORT, False)
         return output, fields, recorded

@@ -21,14 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from wf_vit import grid as geometry
 from wf_vit.models.attention import DROPPED
+from wf_vit.models.learned_fields import LearnedFields, gaussians_of, make_fields
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import (
-    FieldConfig,
-    FieldModule,
-    LearnedFields,
-    gaussians_of,
-    make_fields,
-)
+from wf_vit.models.windowfree import FieldConfig, FieldModule
 
 
 @struct.dataclass

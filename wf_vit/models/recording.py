@@ -21,7 +21,7 @@ class Recording(NamedTuple):
       scale: what the layer norm before each chosen layer divides each token by, and,
         last, the final norm.
       gaussians: the learned fields of a model that has them, as in
-        ``windowfree.LearnedFields``; else None.
+        ``learned_fields.LearnedFields``; else None.
       tokens: the residual stream after the final norm.
       pooled: what the head reads.
       logits: of the head, or the pooled representation of a model without one.

@@ -37,8 +37,8 @@ from jaxtyping import Key as KeyArray
 from wf_vit import grid as geometry
 from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
+from wf_vit.models.learned_fields import LearnedFields
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import LearnedFields
 from wf_vit.shapes import Images, Params
 from wf_vit.train.masks import mean_over
 from wf_vit.train.teacher import Teacher, distributions, taught_rows
