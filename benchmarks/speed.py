@@ -1,0 +1,500 @@
+r"""What models cost: a training step, attention at high resolution, removed patches.
+
+    python -m benchmarks.speed --output=results/speed                 # everything
+    python -m benchmarks.speed --output=results/speed --only=attention \
+        --fields=RUN                            # with the fields of a trained WinfT
+
+Weights are random: no time depends on them, but for hard fields. What is compared runs
+turn by turn in one process. Ratios are medians over the turns, of the CPU time of all
+threads, which other work on the machine disturbs least. Peers that are not installed
+are left out. Each part writes OUTPUT/PART.json and OUTPUT/PART.md.
+
+  steps      forward passes and gradients of ViT and WinfT, beside a plain Linen ViT,
+             the same under ``nn.scan``, and timm's; and the floor: their FLOPs at the
+             speed of one large matrix product.
+  attention  one layer with gradients, 4,096 patches: time, and the memory of the
+             compiled program; 16,384 patches by shapes alone.
+  training   a step of a WinfT-Ti on one image of 1024 x 1024 pixels.
+  removal    forward passes of a ViT-S/14 without some of its patches.
+"""
+
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import linen as nn
+from sklearn.datasets import load_sample_image
+
+from wf_vit import measure
+from wf_vit.errors import UsageError
+from wf_vit.interventions import gather_patches
+from wf_vit.models import attention, learned_fields, pretrained, registry
+from wf_vit.models.windowfree import FieldConfig, PredictedFields
+from wf_vit.verify.report import markdown
+
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+_ONLY = flags.DEFINE_list("only", [], "Of the parts; all by default.")
+_TURNS = flags.DEFINE_integer("turns", 5, "Medians over these are reported.")
+_FIELDS = flags.DEFINE_string("fields", None, "Run folder of a trained WinfT.")
+
+SEED = 0
+# Of hard fields: membership below which keys are dropped, and the share that is left.
+THRESHOLD, AREA = 0.05, 0.1
+
+Seconds = dict[str, dict[str, np.ndarray]]
+
+
+def take_turns(functions: Mapping[str, Callable[[], Any]], turns: int) -> Seconds:
+    """Returns the CPU and the wall seconds of each function at each turn."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds = {name: {"cpu": [], "wall": []} for name in functions}
+    for _ in range(turns):
+        for name, function in functions.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name]["cpu"].append(time.process_time() - cpu)
+            seconds[name]["wall"].append(time.perf_counter() - wall)
+    return {
+        name: {clock: np.asarray(values) for clock, values in times.items()}
+        for name, times in seconds.items()
+    }
+
+
+def summarize(seconds: Seconds, beside: str) -> dict[str, dict[str, float]]:
+    """Returns medians, and ratios to one of the functions with their quartiles."""
+    rows = {}
+    for name, times in seconds.items():
+        ratio = times["cpu"] / seconds[beside]["cpu"]
+        low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
+        rows[name] = {
+            "cpu_ms": 1e3 * float(np.median(times["cpu"])),
+            "wall_ms": 1e3 * float(np.median(times["wall"])),
+            "ratio": float(middle),
+            "ratio_quartiles": [float(low), float(high)],
+        }
+    return rows
+
+
+class LinenViT(nn.Module):
+    """The plain way to write a ViT in Linen; the peer of ours, not a part of it.
+
+    Attributes:
+      options: of a ViT of ours, whose size it has.
+      scan: whether the layers are one, under ``nn.scan``.
+    """
+
+    options: Any
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits."""
+        our = self.options
+        x = nn.Conv(our.width, our.patch_size, our.patch_size, padding="VALID")(images)
+        x = x.reshape(len(x), -1, our.width)
+        shape = (1, *x.shape[1:])
+        x = x + self.param("positions", nn.initializers.normal(0.02), shape)
+        if self.scan:
+            split = {"params": True}
+            stack = nn.scan(_Layer, {"params": 0}, split_rngs=split, length=our.depth)
+            x, _ = stack(our.num_heads, our.mlp_dim)(x, None)
+        else:
+            for _ in range(our.depth):
+                x, _ = _Layer(our.num_heads, our.mlp_dim)(x, None)
+        return nn.Dense(our.num_classes)(nn.LayerNorm()(x).mean(1))
+
+
+class _Layer(nn.Module):
+    num_heads: int
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(self.num_heads)(y, y)
+        y = nn.gelu(nn.Dense(self.mlp_dim)(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1])(y), None
+
+
+def create(name: str, variant: str, image_size: int, **changes: Any):
+    """Returns a model for 1000 classes that computes in float32."""
+    config = registry.ModelConfig(
+        name=name, variant=variant, dtype="float32", **changes
+    )
+    return registry.create_model(config, num_classes=1000, image_size=image_size)
+
+
+def with_gradient(logits: Callable) -> Callable:
+    """Returns loss and gradients of a classifier's parameters."""
+
+    def loss(params, images):
+        labels = jnp.arange(len(images)) % 1000
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, images), labels
+        )
+        return losses.mean()
+
+    return jax.value_and_grad(loss)
+
+
+def compiled(function: Callable, *inputs: Any) -> tuple[Callable, Any]:
+    """Returns a function of nothing, and the program that it runs."""
+    program = jax.jit(function).lower(*inputs).compile()
+    return functools.partial(program, *inputs), program
+
+
+# Variant, pixels, images, and what else differs.
+STEPS = {
+    "Ti/16 at 224": ("Ti/16", 224, 8, {}),
+    "S/16 at 224": ("S/16", 224, 8, {}),
+    "S/28 at 224, 64 patches": ("S/28", 224, 8, {}),
+    "of configs/cifar10.py": (
+        "mu/4",
+        32,
+        64,
+        {"width": 96, "depth": 4, "mlp_dim": 384, "num_heads": 3},
+    ),
+}
+TIMM = {
+    "Ti/16 at 224": "vit_tiny_patch16_224",
+    "S/16 at 224": "vit_small_patch16_224",
+}
+
+
+def matrix_flops_per_second(turns: int) -> float:
+    """Returns the speed of one large matrix product, in FLOP a CPU second."""
+    x = jnp.ones((2048, 2048))
+    seconds = take_turns({"product": functools.partial(jax.jit(jnp.dot), x, x)}, turns)
+    return 2 * 2048**3 / float(np.median(seconds["product"]["cpu"]))
+
+
+def torch_step(name: str, images: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Returns timm's forward pass and step, or nothing where it is not installed."""
+    try:
+        import timm
+        import torch
+    except ModuleNotFoundError:
+        return {}
+    model = timm.create_model(name)
+    batch = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
+    labels = torch.arange(len(batch)) % 1000
+
+    def step():
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch), labels).backward()
+        return jnp.zeros(())
+
+    def forward():
+        with torch.inference_mode():
+            model(batch)
+        return jnp.zeros(())
+
+    return {"forward, timm": forward, "step, timm": step}
+
+
+def steps(turns: int) -> tuple[dict, str]:
+    """Forward passes and gradients of whole models."""
+    speed = matrix_flops_per_second(turns)
+    results, lines = {"matrix_flops_per_cpu_second": speed, "sizes": {}}, []
+    for label, (variant, pixels, images, changes) in STEPS.items():
+        shape = (images, pixels, pixels, 3)
+        batch = jax.random.normal(jax.random.key(SEED), shape)
+        ours = create("vit", variant, pixels, **changes)
+        models = {
+            "ours": ours,
+            "WinfT": create("windowfree", variant, pixels, **changes),
+            "Linen": LinenViT(ours),
+            "Linen, scan": LinenViT(ours, scan=True),
+        }
+        functions, flops = {}, {}
+        for name, model in models.items():
+            params = jax.jit(model.init)(jax.random.key(SEED), batch)["params"]
+
+            def logits(params, batch, model=model):
+                out = model.apply({"params": params}, batch)
+                return out[0] if isinstance(out, tuple) else out
+
+            for kind, of in (("forward", logits), ("step", with_gradient(logits))):
+                function, program = compiled(of, params, batch)
+                functions[f"{kind}, {name}"] = function
+                flops[f"{kind}, {name}"] = program.cost_analysis()["flops"]
+        if label in TIMM:
+            functions |= torch_step(TIMM[label], np.asarray(batch))
+        seconds = take_turns(functions, turns)
+        rows = {}
+        for kind in ("forward", "step"):
+            own = {n: s for n, s in seconds.items() if n.startswith(kind)}
+            rows |= summarize(own, f"{kind}, ours")
+        for name, row in rows.items():
+            floor = ""
+            if name in flops:
+                row["floor_ms"] = 1e3 * flops[name] / speed
+                floor = f"{row['cpu_ms'] / row['floor_ms']:.2f}"
+            low, high = row["ratio_quartiles"]
+            times = (f"{row['cpu_ms']:,.0f}", f"{row['wall_ms']:,.0f}")
+            ratio = (f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
+            lines.append([f"{label}, {images} images", name, *times, *ratio, floor])
+        results["sizes"][label] = rows
+    header = ["model", "what", "CPU ms", "wall ms", "of ours", "quartiles", "of floor"]
+    return results, markdown(header, lines)
+
+
+class GivenFields(nn.Module):
+    """Fields that are given.
+
+    Attributes:
+      num_heads: H.
+      grid: ``(GH, GW)``.
+      gaussians: as in ``LearnedFields``, of all images.
+      threshold: of hard fields.
+    """
+
+    num_heads: int
+    grid: tuple[int, int]
+    gaussians: Any
+    threshold: float = 0.0
+
+    def __call__(self, x: jax.Array, patches: None = None) -> Any:
+        """Returns the fields, whatever the tokens."""
+        gaussians = jnp.broadcast_to(
+            self.gaussians, (len(x), *self.gaussians.shape[-3:])
+        )
+        return learned_fields.make_fields(
+            gaussians, grid=self.grid, threshold=self.threshold
+        )
+
+
+def trained_gaussians(run: str, side: int, num_heads: int) -> np.ndarray:
+    """Returns the fields of a trained WinfT's last layer, for a larger grid.
+
+    They are those of scikit-learn's photograph of China. Centres and widths grow with
+    the grid; each field is that of the block of patches that a patch of the small grid
+    becomes.
+    """
+    trained = pretrained.load(run)
+    model = trained.model
+    images = trained.preprocess([load_sample_image("china.jpg")])
+    recording = measure.record(model, trained.params, images, layers=[model.depth - 1])
+    gaussians = recording.gaussians
+    if gaussians is None:
+        raise UsageError(f"--fields is {run}, which has no fields: name a WinfT's run.")
+    rows, columns = model.grid
+    if side % rows or side % columns:
+        raise UsageError(
+            f"--fields has a grid of {rows} x {columns}, expected sides that divide "
+            f"{side}."
+        )
+    square = np.asarray(gaussians[0, 0]).reshape(-1, rows, columns, 4)
+    square = square.repeat(side // rows, 1).repeat(side // columns, 2)
+    square = np.resize(square, (num_heads, side, side, 4)) * (side / rows)
+    return square.reshape(num_heads, side * side, 4)
+
+
+class _LinenAttention(nn.Module):
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        return (nn.MultiHeadDotProductAttention(self.num_heads)(x, x),)
+
+
+def attention_layers(side: int, run: str | None) -> dict[str, Callable[[], nn.Module]]:
+    """Returns the makers of one attention layer of S/16, by what they are called."""
+    heads, grid = 6, (side, side)
+    # Half of the radius of a disc that is ``AREA`` of the grid: half a width is 1.
+    radius = (AREA * side**2 / np.pi) ** 0.5
+    width = radius / (-2 * np.log(THRESHOLD)) ** 0.5
+    extents = (float(width * (2 * np.log(2)) ** 0.5),)
+
+    def predicted(threshold: float) -> functools.partial:
+        config = FieldConfig(extents=extents, growth=0.0, threshold=threshold)
+        return functools.partial(PredictedFields, grid=grid, config=config, layer=0)
+
+    def layer(field: Any = None) -> nn.Module:
+        return attention.SelfAttention(num_heads=heads, field=field, grid=grid)
+
+    layers = {
+        "Linen": functools.partial(_LinenAttention, heads),
+        "ViT, whole logits": functools.partial(layer),
+        "WinfT soft, whole logits": functools.partial(layer, predicted(0.0)),
+        "ViT": functools.partial(layer),
+        "WinfT soft": functools.partial(layer, predicted(0.0)),
+        "WinfT hard, 10 % fields": functools.partial(layer, predicted(THRESHOLD)),
+    }
+    if run:
+        gaussians = trained_gaussians(run, side, heads)
+        given = functools.partial(
+            GivenFields, grid=grid, gaussians=gaussians, threshold=THRESHOLD
+        )
+        layers["WinfT hard, trained fields"] = functools.partial(layer, given)
+    return layers
+
+
+def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
+    """One layer with gradients: time and memory."""
+    results, lines = {}, []
+    for side in (64, 128):
+        key, tokens = jax.random.key(SEED), side**2
+        x = jax.random.normal(key, (1, tokens, 384))
+        functions, memory = {}, {}
+        for name, make in attention_layers(side, _FIELDS.value).items():
+            whole = "whole" in name
+            if (whole or name == "Linen") and side > 64:
+                continue
+            limits = (attention, learned_fields)
+            before = attention.BLOCKED_FROM
+            for module in limits:
+                module.BLOCKED_FROM = tokens + 1 if whole else before
+            layer = make()
+            params = jax.jit(layer.init)(key, x[:, : side * side])["params"]
+
+            def pulled(params, x, cotangent, layer=layer):
+                def output(params, x):
+                    return layer.apply({"params": params}, x)[0]
+
+                output, pull_back = jax.vjp(output, params, x)
+                return output, pull_back(cotangent)
+
+            function, program = compiled(pulled, params, x, x[:, ::-1])
+            for module in limits:
+                module.BLOCKED_FROM = before
+            functions[name] = function
+            memory[name] = program.memory_analysis().temp_size_in_bytes / 1e6
+        if side == 64:
+            rows = summarize(take_turns(functions, turns), "Linen")
+        else:
+            rows = {name: {} for name in functions}
+        for name, row in rows.items():
+            row["temporary_mb"] = memory[name]
+            times = ["", ""]
+            if "ratio" in row:
+                times = [f"{row['cpu_ms']:,.0f}", f"{row['ratio']:.3f}"]
+            lines.append([f"{tokens:,}", name, *times, f"{memory[name]:,.0f}"])
+        results[f"{tokens} patches"] = rows
+    header = ["patches", "layer", "CPU ms", "of Linen", "temporary MB"]
+    return results, markdown(header, lines)
+
+
+def training_at_high_resolution(turns: int) -> tuple[dict, str]:
+    """A whole step on one large image."""
+    rows, lines = {}, []
+    batch = jax.random.normal(jax.random.key(SEED), (1, 1024, 1024, 3))
+    for label, threshold in (("soft", 0.0), ("hard", THRESHOLD)):
+        model = create(
+            "windowfree", "Ti/16", 1024, fields=FieldConfig(threshold=threshold)
+        )
+        params = registry.init_params(model, SEED)
+
+        def logits(params, batch, model=model):
+            return model.apply({"params": params}, batch)[0]
+
+        function, program = compiled(with_gradient(logits), params, batch)
+        seconds = take_turns({label: function}, turns)
+        loss, _ = function()
+        row = summarize(seconds, label)[label] | {
+            "temporary_mb": program.memory_analysis().temp_size_in_bytes / 1e6,
+            "loss": float(loss),
+        }
+        rows[label] = row
+        cells = (row["cpu_ms"] / 1e3, row["wall_ms"] / 1e3, row["temporary_mb"])
+        lines.append([f"WinfT-Ti/16, {label}", *(f"{cell:,.1f}" for cell in cells)])
+    header = ["step on 1 image of 1024 x 1024", "CPU s", "wall s", "temporary MB"]
+    return rows, markdown(header, lines)
+
+
+# Pixels and images; the largest takes minutes, so once is enough.
+REMOVAL = {(224, 1): 9, (224, 64): 3, (518, 1): 5, (518, 64): 1}
+REMOVED_BEFORE, KEPT = (0, 4), (0.75, 0.5, 0.25)
+
+
+def removal(turns: int) -> tuple[dict, str]:
+    """Forward passes without some patches, which are gathered out."""
+    results, lines = {}, []
+    for (pixels, images), most in REMOVAL.items():
+        model = create("vit", "S/14", pixels).clone(cls_token=True)
+        params = registry.init_params(model, SEED)
+        shape = (images, pixels, pixels, 3)
+        batch = jax.random.normal(jax.random.key(SEED), shape)
+        count = model.grid[0] * model.grid[1]
+
+        def shortened(params, batch, layer, kept, model=model, count=count):
+            variables = {"params": params}
+            run = functools.partial(model.apply, variables)
+            tokens = run(batch, method="embed")
+            tokens, _ = run(tokens, stop=layer, method="encode")
+            order = np.random.default_rng(SEED).permutation(count)[:kept]
+            patches = jnp.broadcast_to(jnp.sort(order), (len(batch), kept))
+            tokens = gather_patches(
+                tokens, patches, num_prefix_tokens=model.num_prefix_tokens
+            )
+            tokens, _ = run(tokens, start=layer, patches=patches, method="encode")
+            return run(tokens, method="readout")[0]
+
+        def whole(params, batch, model=model):
+            return model.apply({"params": params}, batch)[0]
+
+        functions = {"all patches": compiled(whole, params, batch)[0]}
+        for layer in REMOVED_BEFORE:
+            for share in KEPT:
+                run = functools.partial(
+                    shortened, layer=layer, kept=round(share * count)
+                )
+                name = f"{share:.0%} from layer {layer} on"
+                functions[name] = compiled(run, params, batch)[0]
+        rows = summarize(take_turns(functions, min(turns, most)), "all patches")
+        for name, row in rows.items():
+            per_image = row["wall_ms"] / images
+            cells = (f"{per_image:,.1f}", f"{1 / row['ratio']:.2f}")
+            lines.append([f"{pixels}, {images}", name, *cells])
+        results[f"{pixels} pixels, {images} images"] = rows
+    header = ["pixels, images", "patches", "wall ms an image", "times faster (CPU)"]
+    return results, markdown(header, lines)
+
+
+PARTS = {
+    "steps": steps,
+    "attention": attention_at_high_resolution,
+    "training": training_at_high_resolution,
+    "removal": removal,
+}
+
+
+def main(argv: list[str]) -> None:
+    """Measures the parts that are asked for."""
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    unknown = set(_ONLY.value) - set(PARTS)
+    if unknown:
+        raise UsageError(
+            f"--only names {', '.join(sorted(unknown))}: choose from "
+            f"{', '.join(PARTS)}."
+        )
+    output = Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "platform": platform.machine(),
+        "jax": jax.__version__,
+        "turns": _TURNS.value,
+    }
+    for name in _ONLY.value or PARTS:
+        results, table = PARTS[name](_TURNS.value)
+        text = json.dumps({"machine": machine, "results": results}, indent=2)
+        (output / f"{name}.json").write_text(text + "\n")
+        (output / f"{name}.md").write_text(table)
+        print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)
