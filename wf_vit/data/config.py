@@ -73,6 +73,12 @@ class View:
             *("lanczos5", "mitchellcubic"),
         ),
     )
+    fast_resize: bool = setting(
+        False,
+        "of training: shrinks by averaging boxes of pixels, and decodes a JPEG at 1/2, "
+        "1/4 or 1/8 where the window is so large; resize_method is left to windows that "
+        "are enlarged. Half the time of the input; other pixels, by little",
+    )
 
     def __post_init__(self):
         settings.check_fields(self, "config.data")
