@@ -17,6 +17,9 @@ from wf_vit.data.config import Size, View
 # From (height, width) to (top, left, height, width), int32.
 _Window = Callable[[tf.Tensor], tf.Tensor]
 
+# The methods whose results are means of pixels, which need not be clipped.
+_MEANS = ("bilinear", "nearest", "area", "gaussian")
+
 # The parts of its size, 1/ratio, at which libjpeg decodes.
 _RATIOS = (1, 2, 4, 8)
 
@@ -150,7 +153,7 @@ def _other(data: tf.Tensor) -> tf.Tensor:
     image = tf.case(
         [
             (_is_plain_png(data), lambda: _png(data)),
-            (_is_plain_webp(data), lambda: tf.io.decode_webp(data, channels=3)),
+            (_is_plain_webp(data), lambda: _webp(data)),
         ],
         default=lambda: _unusual(data),
     )
@@ -227,6 +230,12 @@ def _is_plain_webp(data: tf.Tensor) -> tf.Tensor:
     )
 
 
+def _webp(data: tf.Tensor) -> tf.Tensor:
+    """Decodes the simple kind of WebP, which TensorFlow returns as one frame."""
+    frames = tf.io.decode_webp(data, channels=3)
+    return tf.reshape(frames, tf.shape(frames)[-3:])
+
+
 def _cut(image: tf.Tensor, window: _Window) -> tf.Tensor:
     top, left, height, width = tf.unstack(window(tf.shape(image)[:2]))
     return tf.image.crop_to_bounding_box(image, top, left, height, width)
@@ -290,7 +299,7 @@ def _resize(image: tf.Tensor, size: Size, method: str) -> tf.Tensor:
 
     def resized() -> tf.Tensor:
         pixels = tf.image.resize(image, size, method=method, antialias=True)
-        return tf.saturate_cast(tf.round(pixels), tf.uint8)
+        return _rounded(pixels, method)
 
     same = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
     return tf.ensure_shape(tf.cond(same, lambda: image, resized), (*size, 3))
@@ -304,11 +313,17 @@ def _resize_fast(image: tf.Tensor, size: Size, method: str) -> tf.Tensor:
     """
 
     def boxes() -> tf.Tensor:
-        return tf.image.resize(image, size, method="area")
+        return _rounded(tf.image.resize(image, size, method="area"), "area")
 
     def enlarged() -> tf.Tensor:
-        return tf.image.resize(image, size, method=method)
+        return _rounded(tf.image.resize(image, size, method=method), method)
 
     shrinks = tf.reduce_all(tf.shape(image)[:2] >= size)
-    pixels = tf.cond(shrinks, boxes, enlarged)
-    return tf.saturate_cast(tf.round(tf.ensure_shape(pixels, (*size, 3))), tf.uint8)
+    return tf.ensure_shape(tf.cond(shrinks, boxes, enlarged), (*size, 3))
+
+
+def _rounded(pixels: tf.Tensor, method: str) -> tf.Tensor:
+    """Rounds what ``method`` made of uint8 pixels back to uint8."""
+    if method in _MEANS:
+        return tf.cast(tf.round(pixels), tf.uint8)
+    return tf.saturate_cast(tf.round(pixels), tf.uint8)
