@@ -6,6 +6,7 @@ made from real photographs: windows at random, resized, encoded as JPEG.
 
 import dataclasses
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ SETTINGS = {"antialiased": False, "fast_resize": True}
 # Neither: as tf.image.resize does by default. No setting; pixels to compare with.
 NONE = "no antialiasing"
 
+# Of JPEG, if none is named.
 QUALITY = 90
 # Share of a photograph's height and width that the windows in it have at least.
 _LEAST = 0.8
@@ -35,21 +37,36 @@ _LEAST = 0.8
 _FIRST = 4
 
 
-def sizes_of(values: list[str]) -> list[tuple[int, int]]:
-    """Returns the (width, height) of texts such as 500x375.
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A kind of files: JPEGs of ``width`` x ``height`` pixels and a quality."""
+
+    width: int
+    height: int
+    quality: int = QUALITY
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, quality {self.quality}"
+
+
+def files_of(values: list[str]) -> list[Files]:
+    """Returns what texts such as 500x375 or 500x375@95 say.
 
     Raises:
-      UsageError: a text is no size.
+      UsageError: a text says something else.
     """
-    sizes = []
+    kinds = []
     for value in values:
-        width, _, height = value.partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) * int(height)):
+        match = re.fullmatch(
+            r"([1-9]\d{0,4})x([1-9]\d{0,4})(?:@([1-9]\d?|100))?", value
+        )
+        if match is None:
             raise UsageError(
-                f"--input has {value!r}, expected pixels as WIDTHxHEIGHT: 500x375."
+                f"--input has {value!r}, expected pixels as WIDTHxHEIGHT, and JPEG's "
+                "quality if it is not 90: 500x375 or 500x375@95."
             )
-        sizes.append((int(width), int(height)))
-    return sizes
+        kinds.append(Files(*(int(part) for part in match.groups() if part)))
+    return kinds
 
 
 def photographs(folder: str) -> dict[str, Image.Image]:
@@ -73,20 +90,21 @@ def photographs(folder: str) -> dict[str, Image.Image]:
 
 
 def write_files(
-    images: list[Image.Image], folder: Path, size: tuple[int, int], count: int
+    images: list[Image.Image], folder: Path, kind: Files, count: int
 ) -> float:
     """Writes JPEGs of random windows of the photographs.
 
     Args:
       images: the photographs, which take turns.
       folder: to write.
-      size: (width, height) of a file, in pixels.
-      count: of the files.
+      kind: of the files.
+      count: of them.
 
     Returns:
       The mean size of a file, in bytes.
     """
     rng = np.random.default_rng(0)
+    size = (kind.width, kind.height)
     folder.mkdir(parents=True)
     for index in range(count):
         image = images[index % len(images)]
@@ -96,7 +114,7 @@ def write_files(
         part = image.resize(
             size, Image.Resampling.LANCZOS, box=(*begin, *(begin + window))
         )
-        part.save(folder / f"{index:05}.jpg", quality=QUALITY)
+        part.save(folder / f"{index:05}.jpg", quality=kind.quality)
     return statistics.mean(path.stat().st_size for path in folder.iterdir())
 
 
@@ -175,23 +193,23 @@ def pixels(view: View, files: list[Path], seeds: int) -> dict[str, dict[str, flo
 
 def measure(
     config: ml_collections.ConfigDict,
-    sizes: list[tuple[int, int]],
+    kinds: list[Files],
     folder: str,
     *,
     turns: int,
     count: int,
     num_files: int = 480,
 ) -> dict[str, Any]:
-    """Returns CPU time and pixels of the settings, turn by turn, for each size.
+    """Returns CPU time and pixels of the settings, turn by turn, for each kind.
 
     Args:
       config: of an experiment with ``data.crop='resized'``, whose view and batches are
         used.
-      sizes: (width, height) of the files, in pixels.
+      kinds: of files.
       folder: of photographs beside those of scikit-learn; "" for none.
       turns: medians over these are reported.
       count: batches of each setting in a turn.
-      num_files: of each size.
+      num_files: of each kind.
 
     Raises:
       UsageError: the config crops in another way, or there are no photographs.
@@ -203,10 +221,10 @@ def measure(
         )
     images = photographs(folder)
     results = {}
-    for size in sizes:
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as root:
             files = Path(root) / "photograph"
-            mean_bytes = write_files(list(images.values()), files, size, num_files)
+            mean_bytes = write_files(list(images.values()), files, kind, num_files)
             options = config.copy_and_resolve_references()
             options.data.update(name="folder", data_dir=root, train="train")
             options.data.shuffle_buffer = num_files
@@ -229,7 +247,7 @@ def measure(
             name: [turn[name] / (count * config.batch_size) for turn in seconds]
             for name in SETTINGS
         }
-        results[f"{size[0]}x{size[1]}"] = {
+        results[str(kind)] = {
             "mean_file_bytes": mean_bytes,
             "cpu_seconds_per_image": per_image,
             "images_per_second_and_core": {
@@ -242,11 +260,10 @@ def measure(
         "image_size": list(view.image_size),
         "min_area": view.min_area,
         "resize_method": view.resize_method,
-        "jpeg_quality": QUALITY,
         "photographs": sorted(images),
         "tensorflow": tf.__version__,
         "machine": platform.machine(),
-        "sizes": results,
+        "files": results,
     }
 
 
@@ -257,8 +274,8 @@ def table(result: dict[str, Any]) -> str:
         "mean difference | largest | PSNR, dB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for size, row in result["sizes"].items():
-        files = f"{size}, {row['mean_file_bytes'] / 1e3:.0f} kB"
+    for kind, row in result["files"].items():
+        files = f"{kind}: {row['mean_file_bytes'] / 1e3:.0f} kB"
         for name in (*SETTINGS, NONE):
             cells = ["", ""]
             if name in SETTINGS:
@@ -276,7 +293,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {files} | {name} | {' | '.join(cells)} |")
     height, width = result["image_size"]
     note = (
-        f"JPEG of quality {result['jpeg_quality']} to {width} x {height} pixels, "
+        f"JPEG to {width} x {height} pixels, "
         f"windows of {result['min_area']:g} to 1 of the area, the whole input: "
         "reading, shuffling, decoding, resizing, batching. Medians over turns. "
         "Differences are to antialiased, in levels of 0 to 255."

@@ -14,13 +14,13 @@ it ("loop"); then the pipeline alone. The input-bound share is 1 - loop / step i
 per second. Prints medians and writes OUTPUT/throughput.json. Quote ratios: they are
 taken within turns.
 
-    python -m benchmarks.training --output=results/NAME --input=500x375,1600x1200 \
+    python -m benchmarks.training --output=results/NAME --input=500x375,500x375@97 \
         --config=configs/windowfree.py --config.batch_size=128 [--photographs=FOLDER]
 
 measures the training input alone, without and with config.data.fast_resize, turn by
-turn, on JPEGs of these sizes that it makes of real photographs: scikit-learn's, and
-those of FOLDER. CPU time over all threads, so that other work on the machine matters
-little; and how far the pixels are apart. Writes OUTPUT/input.json and OUTPUT/input.md.
+turn, on JPEGs of these sizes and qualities. It makes them of real photographs, those of
+scikit-learn and of FOLDER. CPU time over all threads, so that other work on the machine
+matters little; and how far the pixels are apart. Writes OUTPUT/input.json and input.md.
 """
 
 import functools
@@ -49,7 +49,9 @@ from wf_vit.train.reporter import read_jsonl
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _RUNS = flags.DEFINE_list("runs", [], "LABEL=RUN_FOLDER of runs to compare.")
 _MODELS = flags.DEFINE_list("models", [], "Values of config.model.name to measure.")
-_INPUT = flags.DEFINE_list("input", [], "WIDTHxHEIGHT of files to measure input of.")
+_INPUT = flags.DEFINE_list(
+    "input", [], "WIDTHxHEIGHT or WIDTHxHEIGHT@QUALITY of JPEGs."
+)
 _PHOTOGRAPHS = flags.DEFINE_string("photographs", "", "Folder, for --input.")
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 _TURNS = flags.DEFINE_integer("turns", 5, "Medians over these are reported.")
@@ -191,9 +193,9 @@ def main(argv: list[str]) -> None:
     if not (_RUNS.value or _MODELS.value or _INPUT.value):
         raise UsageError(
             "None of --runs, --models and --input was given: name runs to compare as "
-            "LABEL=RUN_FOLDER, models to measure, or sizes of files."
+            "LABEL=RUN_FOLDER, models to measure, or files to measure the input of."
         )
-    sizes = input_speed.sizes_of(_INPUT.value)
+    kinds = input_speed.files_of(_INPUT.value)
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     if _RUNS.value:
@@ -201,10 +203,10 @@ def main(argv: list[str]) -> None:
         compare({label: Path(folder) for label, _, folder in pairs}, output)
     if _MODELS.value:
         throughput(_CONFIG.value, _MODELS.value, output)
-    if sizes:
+    if kinds:
         result = input_speed.measure(
             _CONFIG.value,
-            sizes,
+            kinds,
             _PHOTOGRAPHS.value,
             turns=_TURNS.value,
             count=_STEPS.value,

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import input_speed
+from benchmarks.input_speed import Files
 from wf_vit.errors import UsageError
 from wf_vit.train.config import default_config
 
@@ -18,14 +19,17 @@ def tiny_config(crop="resized"):
     return config
 
 
-def test_sizes_are_width_by_height():
-    assert input_speed.sizes_of(["500x375", "16x9"]) == [(500, 375), (16, 9)]
+def test_files_are_width_by_height_and_quality():
+    kinds = input_speed.files_of(["500x375", "16x9@100"])
+    assert kinds == [Files(500, 375, 90), Files(16, 9, 100)]
 
 
-@pytest.mark.parametrize("value", ["500", "0x4", "axb", "4x-3", "4x3x2"])
-def test_other_sizes_are_refused(value):
+@pytest.mark.parametrize(
+    "value", ["500", "0x4", "axb", "4x-3", "4x3x2", "4x3@0", "4x3@101", "4x3@"]
+)
+def test_other_files_are_refused(value):
     with pytest.raises(UsageError, match="WIDTHxHEIGHT"):
-        input_speed.sizes_of([value])
+        input_speed.files_of([value])
 
 
 def test_photographs_are_real_ones_and_those_of_a_folder(tmp_path):
@@ -39,10 +43,15 @@ def test_photographs_are_real_ones_and_those_of_a_folder(tmp_path):
 
 def test_both_settings_and_no_antialiasing_are_reported():
     result = input_speed.measure(
-        tiny_config(), [(60, 45), (40, 80)], "", turns=2, count=1, num_files=8
+        tiny_config(),
+        [Files(60, 45), Files(40, 80, 50)],
+        "",
+        turns=2,
+        count=1,
+        num_files=8,
     )
-    assert list(result["sizes"]) == ["60x45", "40x80"]
-    for row in result["sizes"].values():
+    assert list(result["files"]) == ["60x45, quality 90", "40x80, quality 50"]
+    for row in result["files"].values():
         for seconds in row["cpu_seconds_per_image"].values():
             assert len(seconds) == 2
         assert row["mean_file_bytes"] > 300
@@ -55,7 +64,7 @@ def test_files_have_the_size_and_differ(tmp_path):
     photograph = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     )
-    input_speed.write_files([photograph], tmp_path / "files", (40, 30), 3)
+    input_speed.write_files([photograph], tmp_path / "files", Files(40, 30), 3)
     images = [Image.open(path) for path in sorted((tmp_path / "files").iterdir())]
     assert [image.size for image in images] == [(40, 30)] * 3
     assert len({image.tobytes() for image in images}) == 3
@@ -63,4 +72,4 @@ def test_files_have_the_size_and_differ(tmp_path):
 
 def test_another_crop_is_refused():
     with pytest.raises(UsageError, match=r"data\.crop"):
-        input_speed.measure(tiny_config("none"), [(40, 30)], "", turns=1, count=1)
+        input_speed.measure(tiny_config("none"), [Files(40, 30)], "", turns=1, count=1)
