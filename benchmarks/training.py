@@ -1,4 +1,4 @@
-r"""Compares finished training runs, and measures how fast models train.
+r"""Compares finished training runs, and measures how fast models and input are.
 
     python -m benchmarks.training --output=results/NAME --runs=LABEL=RUN_FOLDER,...
 
@@ -13,6 +13,14 @@ already there ("step") and together with the input pipeline, as the training loo
 it ("loop"); then the pipeline alone. The input-bound share is 1 - loop / step in images
 per second. Prints medians and writes OUTPUT/throughput.json. Quote ratios: they are
 taken within turns.
+
+    python -m benchmarks.training --output=results/NAME --input=500x375,500x375@97 \
+        --config=configs/windowfree.py --config.batch_size=128 [--photographs=FOLDER]
+
+measures the training input alone, without and with config.data.fast_resize, turn by
+turn, on JPEGs of these sizes and qualities. It makes them of real photographs, those of
+scikit-learn and of FOLDER. CPU time over all threads, so that other work on the machine
+matters little; and how far the pixels are apart. Writes OUTPUT/input.json and input.md.
 """
 
 import functools
@@ -29,6 +37,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from benchmarks import input_speed
 from wf_vit import figures
 from wf_vit.data.config import DataConfig
 from wf_vit.data.pipeline import open_dataset
@@ -40,9 +49,13 @@ from wf_vit.train.reporter import read_jsonl
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _RUNS = flags.DEFINE_list("runs", [], "LABEL=RUN_FOLDER of runs to compare.")
 _MODELS = flags.DEFINE_list("models", [], "Values of config.model.name to measure.")
+_INPUT = flags.DEFINE_list(
+    "input", [], "WIDTHxHEIGHT or WIDTHxHEIGHT@QUALITY of JPEGs."
+)
+_PHOTOGRAPHS = flags.DEFINE_string("photographs", "", "Folder, for --input.")
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 _TURNS = flags.DEFINE_integer("turns", 5, "Medians over these are reported.")
-_STEPS = flags.DEFINE_integer("steps", 8, "Steps of each kind in a turn.")
+_STEPS = flags.DEFINE_integer("steps", 8, "Steps, or batches, of a kind in a turn.")
 
 # Batches fetched for each step of a turn, when the input is timed.
 _DRAIN = 20
@@ -174,14 +187,15 @@ def _median_of(ratio: Callable, left: list[float], right: list[float]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Compares the runs and measures the models that the flags name."""
+    """Compares the runs and measures what the flags name."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    if not (_RUNS.value or _MODELS.value):
+    if not (_RUNS.value or _MODELS.value or _INPUT.value):
         raise UsageError(
-            "Neither --runs nor --models was given: name runs to compare as "
-            "LABEL=RUN_FOLDER, or models to measure."
+            "None of --runs, --models and --input was given: name runs to compare as "
+            "LABEL=RUN_FOLDER, models to measure, or files to measure the input of."
         )
+    kinds = input_speed.files_of(_INPUT.value)
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     if _RUNS.value:
@@ -189,6 +203,17 @@ def main(argv: list[str]) -> None:
         compare({label: Path(folder) for label, _, folder in pairs}, output)
     if _MODELS.value:
         throughput(_CONFIG.value, _MODELS.value, output)
+    if kinds:
+        result = input_speed.measure(
+            _CONFIG.value,
+            kinds,
+            _PHOTOGRAPHS.value,
+            turns=_TURNS.value,
+            count=_STEPS.value,
+        )
+        (output / "input.json").write_text(json.dumps(result, indent=1) + "\n")
+        (output / "input.md").write_text(input_speed.table(result))
+        print(input_speed.table(result))
 
 
 if __name__ == "__main__":

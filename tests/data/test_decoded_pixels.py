@@ -66,7 +66,7 @@ UPRIGHT = {
 FILES = [
     (*kind, orientation)
     for kind in KINDS
-    for orientation in (range(1, 9) if kind[0] in WITH_EXIF else [None])
+    for orientation in ([None, *range(1, 9)] if kind[0] in WITH_EXIF else [None])
 ]
 
 

@@ -5,6 +5,7 @@ decoded only inside the window that is kept. Everything is a pure function of th
 and, for training, of a two-number seed.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,12 @@ from wf_vit.data.config import Size, View
 
 # From (height, width) to (top, left, height, width), int32.
 _Window = Callable[[tf.Tensor], tf.Tensor]
+
+# The methods whose results are means of pixels, which need not be clipped.
+_MEANS = ("bilinear", "nearest", "area", "gaussian")
+
+# The parts of its size, 1/ratio, at which libjpeg decodes.
+_RATIOS = (1, 2, 4, 8)
 
 
 def train_view(view: View) -> Callable:
@@ -29,21 +36,26 @@ def train_view(view: View) -> Callable:
     """
     size = view.image_size
 
+    def image(data: tf.Tensor, window: _Window) -> tf.Tensor:
+        if view.fast_resize:
+            part = _decode(data, window, least=max(size))
+            return _resize_fast(part, size, view.resize_method)
+        return _resize(_decode(data, window), size, view.resize_method)
+
     def resized(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         def window(shape: tf.Tensor) -> tf.Tensor:
             return _random_window(shape, seed, size=size, min_area=view.min_area)
 
-        return _resize(_decode(data, window), size, view.resize_method)
+        return image(data, window)
 
     def central(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        image = _decode(data, lambda shape: _central_window(shape, size=size))
-        return _resize(image, size, view.resize_method)
+        return image(data, lambda shape: _central_window(shape, size=size))
 
     def padded(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         margins = [[view.pad] * 2, [view.pad] * 2, [0, 0]]
-        image = tf.pad(central(data, seed), margins, mode=view.pad_mode)
-        return tf.image.stateless_random_crop(image, (*size, 3), seed)
+        larger = tf.pad(central(data, seed), margins, mode=view.pad_mode)
+        return tf.image.stateless_random_crop(larger, (*size, 3), seed)
 
     return {"resized": resized, "pad": padded, "none": central}[view.crop]
 
@@ -70,29 +82,46 @@ def eval_view(view: View) -> Callable:
     return image
 
 
-def _decode(data: tf.Tensor, window: _Window) -> tf.Tensor:
+def _decode(data: tf.Tensor, window: _Window, least: int | None = None) -> tf.Tensor:
     """Decodes the part of an image that ``window`` picks, upright, in colour, opaque.
 
     Args:
       data: the encoded image, a scalar string.
       window: from the height and width of the upright image to
         ``(top, left, height, width)``, int32.
+      least: pixels. With it, a JPEG comes at 1/2, 1/4 or 1/8 of its size where both
+        sides of the window keep as many; without it, always at its own size.
     """
     image = tf.cond(
         tf.io.is_jpeg(data),
-        lambda: _jpeg(data, window),
+        lambda: _jpeg(data, window, least),
         lambda: _cut(_other(data), window),
     )
     return tf.ensure_shape(image, (None, None, 3))
 
 
-def _jpeg(data: tf.Tensor, window: _Window) -> tf.Tensor:
+def _jpeg(data: tf.Tensor, window: _Window, least: int | None) -> tf.Tensor:
     """Decodes the window only, and turns it upright."""
     stored = tf.io.extract_jpeg_shape(data)[:2]
 
-    def decoded(box: tf.Tensor) -> tf.Tensor:
+    def reduced(box: tf.Tensor, ratio: int) -> tf.Tensor:
+        # To the next pixel of the smaller image, which no window can leave so.
+        begin, extent = (box[:2] + ratio // 2) // ratio, box[2:] // ratio
         return tf.image.decode_and_crop_jpeg(
-            data, box, channels=3, dct_method="INTEGER_ACCURATE"
+            data,
+            tf.concat([begin, extent], axis=0),
+            channels=3,
+            ratio=ratio,
+            dct_method="INTEGER_ACCURATE",
+        )
+
+    def decoded(box: tf.Tensor) -> tf.Tensor:
+        if least is None:
+            return reduced(box, 1)
+        spare = tf.reduce_min(box[2:]) // least
+        index = tf.reduce_sum(tf.cast(spare >= _RATIOS[1:], tf.int32))
+        return tf.switch_case(
+            index, [functools.partial(reduced, box, ratio) for ratio in _RATIOS]
         )
 
     def turned() -> tf.Tensor:
@@ -124,7 +153,7 @@ def _other(data: tf.Tensor) -> tf.Tensor:
     image = tf.case(
         [
             (_is_plain_png(data), lambda: _png(data)),
-            (_is_plain_webp(data), lambda: tf.io.decode_webp(data, channels=3)),
+            (_is_plain_webp(data), lambda: _webp(data)),
         ],
         default=lambda: _unusual(data),
     )
@@ -201,6 +230,12 @@ def _is_plain_webp(data: tf.Tensor) -> tf.Tensor:
     )
 
 
+def _webp(data: tf.Tensor) -> tf.Tensor:
+    """Decodes the simple kind of WebP, which TensorFlow returns as one frame."""
+    frames = tf.io.decode_webp(data, channels=3)
+    return tf.reshape(frames, tf.shape(frames)[-3:])
+
+
 def _cut(image: tf.Tensor, window: _Window) -> tf.Tensor:
     top, left, height, width = tf.unstack(window(tf.shape(image)[:2]))
     return tf.image.crop_to_bounding_box(image, top, left, height, width)
@@ -264,7 +299,31 @@ def _resize(image: tf.Tensor, size: Size, method: str) -> tf.Tensor:
 
     def resized() -> tf.Tensor:
         pixels = tf.image.resize(image, size, method=method, antialias=True)
-        return tf.saturate_cast(tf.round(pixels), tf.uint8)
+        return _rounded(pixels, method)
 
     same = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
     return tf.ensure_shape(tf.cond(same, lambda: image, resized), (*size, 3))
+
+
+def _resize_fast(image: tf.Tensor, size: Size, method: str) -> tf.Tensor:
+    """Resizes in a third of the time: by the means of boxes where both sides shrink.
+
+    Elsewhere ``method`` needs no antialiasing, or little: if a side is enlarged, the
+    other one shrinks by no more than their shapes differ, which is 4/3.
+    """
+
+    def boxes() -> tf.Tensor:
+        return _rounded(tf.image.resize(image, size, method="area"), "area")
+
+    def enlarged() -> tf.Tensor:
+        return _rounded(tf.image.resize(image, size, method=method), method)
+
+    shrinks = tf.reduce_all(tf.shape(image)[:2] >= size)
+    return tf.ensure_shape(tf.cond(shrinks, boxes, enlarged), (*size, 3))
+
+
+def _rounded(pixels: tf.Tensor, method: str) -> tf.Tensor:
+    """Rounds what ``method`` made of uint8 pixels back to uint8."""
+    if method in _MEANS:
+        return tf.cast(tf.round(pixels), tf.uint8)
+    return tf.saturate_cast(tf.round(pixels), tf.uint8)
