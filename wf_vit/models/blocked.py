@@ -7,7 +7,7 @@ JAX's own loops, which run one after the other: right for a CPU, wrong for accel
 which have kernels of their own.
 
 With hard fields only the keys within reach are visited. Patches lie in tiles of
-``_SIDE`` x ``_SIDE``, and the queries of a tile visit those half tiles of keys that the
+``_SIDE`` x ``_SIDE``, and the queries of a tile visit those quarters of tiles that the
 field of at least one of them reaches.
 """
 
@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 from wf_vit import grid as geometry
 from wf_vit.grid import Grid
 
-# Patches along each side of a tile.
-_SIDE = 8
+# Patches along each side of a tile, and of a quarter of it.
+_HALF = 4
+_SIDE = 2 * _HALF
 
 # Added to the logits of keys that are left out: exp() of it is exactly 0.
 _LEFT_OUT = -1e9
@@ -111,7 +112,7 @@ def attend_within(
 
 
 class _Plan(NamedTuple):
-    """Which half tiles of keys a tile of queries visits, and the ellipses.
+    """Which quarters of tiles of keys a tile of queries visits, and the ellipses.
 
     Attributes:
       visits: their numbers in ascending order, filled up to whole groups.
@@ -156,9 +157,9 @@ class _Sequence:
 
 
 class _Tiles:
-    """Patches in tiles; the upper and the lower half of each are units of keys."""
+    """Patches in tiles, quarter by quarter, which are units of keys."""
 
-    queries, unit, together = _SIDE**2, _SIDE**2 // 2, 4
+    queries, unit, together = _SIDE**2, _HALF**2, 8
 
     def __init__(self, grid: Grid):
         self.grid = grid
@@ -171,29 +172,30 @@ class _Tiles:
         x = x.reshape(len(x), rows, columns, x.shape[-1])
         beyond = [(0, self.down * _SIDE - rows), (0, self.across * _SIDE - columns)]
         x = jnp.pad(x, [(0, 0), *beyond, (0, 0)], constant_values=filling)
-        x = x.reshape(len(x), self.down, _SIDE, self.across, _SIDE, -1)
-        return jnp.swapaxes(x, 2, 3).reshape(len(x), -1, self.queries, x.shape[-1])
+        x = x.reshape(len(x), self.down, 2, _HALF, self.across, 2, _HALF, -1)
+        x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return x.reshape(len(x), -1, self.queries, x.shape[-1])
 
     def join(self, x: Float[Array, "Z T queries C"]) -> Array:
         """Undoes ``split``."""
         rows, columns = self.grid
-        x = x.reshape(len(x), self.down, self.across, _SIDE, _SIDE, -1)
-        x = jnp.swapaxes(x, 2, 3)
+        x = x.reshape(len(x), self.down, self.across, 2, 2, _HALF, _HALF, -1)
+        x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
         x = x.reshape(len(x), self.down * _SIDE, self.across * _SIDE, -1)
         return x[:, :rows, :columns].reshape(len(x), rows * columns, -1)
 
     def plan(self, reach: Ellipses) -> _Plan:
-        """Returns what every tile has to visit, and no half tile more."""
+        """Returns what every tile has to visit, and no quarter more."""
         places = jnp.asarray(geometry.coordinates(self.grid), jnp.float32)[None]
         centre = self.split(reach.centre, _NOWHERE)
         scale = 1 / self.split(reach.radius, 1.0)
         near = self._near(centre, scale)
-        half_tiles = near.shape[-1]
-        number = jnp.arange(half_tiles, dtype=jnp.int32)[None, None]
-        visits = jnp.sort(jnp.where(near, number, half_tiles), axis=-1)
+        quarters = near.shape[-1]
+        number = jnp.arange(quarters, dtype=jnp.int32)[None, None]
+        visits = jnp.sort(jnp.where(near, number, quarters), axis=-1)
         # Those beyond the count are not used, but must be there.
-        visits = jnp.minimum(visits, half_tiles - 1)
-        more = -half_tiles % self.together
+        visits = jnp.minimum(visits, quarters - 1)
+        more = -quarters % self.together
         return _Plan(
             visits=jnp.pad(visits, ((0, 0), (0, 0), (0, more))),
             count=near.sum(-1, dtype=jnp.int32),
@@ -202,26 +204,25 @@ class _Tiles:
             scale=scale,
         )
 
-    def _near(self, centre: Array, scale: Array) -> Bool[Array, "Z T 2*T"]:
-        """Whether a query of a tile reaches a half tile, or lies in it."""
+    def _near(self, centre: Array, scale: Array) -> Bool[Array, "Z T 4*T"]:
+        """Whether a query of a tile reaches a quarter, or lies in it."""
 
-        def away(axis: int, first: np.ndarray, height: int) -> Float[Array, "Z T q n"]:
+        def away(axis: int, count: int) -> Float[Array, "Z T q n"]:
             """Squared distance of each stretch from the centre, in radii."""
-            last = np.minimum(first + height, self.grid[1 - axis]) - 1
+            first = _HALF * np.arange(count, dtype=np.float32)
+            last = np.minimum(first + _HALF, self.grid[1 - axis]) - 1
             middle = centre[..., axis, None]
-            first, last = (
-                jnp.asarray(x, jnp.float32)[None, None, None] for x in (first, last)
-            )
+            first, last = first[None, None, None], last[None, None, None]
             distance = jnp.maximum(jnp.maximum(first - middle, middle - last), 0)
             return jnp.square(distance * scale[..., axis, None])
 
-        half = _SIDE // 2
-        columns = away(0, np.arange(self.across) * _SIDE, _SIDE)
-        rows = away(1, np.arange(2 * self.down) * half, half)
-        rows = rows.reshape(*rows.shape[:3], self.down, 1, 2)
-        near = (rows + columns[..., None, :, None] <= 1).any(2)
+        columns = away(0, 2 * self.across)
+        columns = columns.reshape(*columns.shape[:3], 1, self.across, 1, 2)
+        rows = away(1, 2 * self.down)
+        rows = rows.reshape(*rows.shape[:3], self.down, 1, 2, 1)
+        near = (rows + columns <= 1).any(2)
         near = near.reshape(*near.shape[:2], -1)
-        own = np.repeat(np.eye(near.shape[1], dtype=bool), 2, axis=-1)
+        own = np.repeat(np.eye(near.shape[1], dtype=bool), 4, axis=-1)
         return near | own[None]
 
 
@@ -237,18 +238,10 @@ def _flat(blocks: _Sequence | _Tiles, *arrays: Array) -> list[Array]:
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class _Block(NamedTuple):
-    """One block of queries beside one block of keys, keys in front."""
-
-    numbers: list[Array]
-    key: Float[Array, "keys Q"]
-    logits: Float[Array, "keys queries"]
-
-
 def _block(
     image: Array, tile: Array, group: Array, query: Array, key: Array, blocks, plan
-) -> _Block:
-    """Returns the logits of a block; of keys that are left out they are -1e9."""
+) -> tuple[list[Array], Float[Array, "keys Q"], Float[Array, "keys queries"]]:
+    """Returns the numbers of some units, their keys, and the logits, keys in front."""
     first = group * blocks.together
     if plan is None:
         numbers = [first]
@@ -273,7 +266,7 @@ def _block(
         own, theirs = (a[:, 0] + _ROW * a[:, 1] for a in (plan.places[tile], places))
         there = first + slot // blocks.unit < plan.count[image, tile]
         kept = ((x + y <= 1) | (theirs[:, None] == own[None])) & there[:, None]
-    return _Block(numbers, keys, jnp.where(kept, logits, _LEFT_OUT))
+    return numbers, keys, jnp.where(kept, logits, _LEFT_OUT)
 
 
 def _units(x: Float[Array, "Z T queries C"], blocks) -> Float[Array, "Z n unit C"]:
@@ -327,11 +320,11 @@ def _forward(query, key, value, blocks, plan):
 
         def add(group, state):
             highest, total, output = state
-            block = _block(image, tile, group, query, keys, blocks, plan)
-            higher = jnp.maximum(highest, block.logits.max(0))
-            weights = jnp.exp(block.logits - higher[None])
+            numbers, _, logits = _block(image, tile, group, query, keys, blocks, plan)
+            higher = jnp.maximum(highest, logits.max(0))
+            weights = jnp.exp(logits - higher[None])
             shrunk = jnp.exp(highest - higher)
-            seen = _take(values, image, block.numbers)
+            seen = _take(values, image, numbers)
             more = _einsum("kq,kv->qv", weights.astype(value.dtype), seen)
             return (
                 higher,
@@ -372,18 +365,17 @@ def _backward(blocks, saved, cotangents):
 
         def add(group, state):
             of_query, of_keys, of_values = state
-            block = _block(image, tile, group, query, keys, blocks, plan)
-            weights = jnp.exp(block.logits - log_sum[image, tile][None])
-            seen = _take(values, image, block.numbers)
+            at, own_keys, logits = _block(image, tile, group, query, keys, blocks, plan)
+            weights = jnp.exp(logits - log_sum[image, tile][None])
+            seen = _take(values, image, at)
             of_weights = _einsum("kv,qv->kq", seen, own)
             of_logits = weights * (of_weights - level[image, tile][None])
             of_logits = of_logits.astype(query.dtype)
             weights = weights.astype(value.dtype)
-            at = image, block.numbers
             return (
-                of_query + _einsum("kq,kc->qc", of_logits, block.key),
-                _add(of_keys, *at, _einsum("kq,qc->kc", of_logits, own_query)),
-                _add(of_values, *at, _einsum("kq,qv->kv", weights, own)),
+                of_query + _einsum("kq,kc->qc", of_logits, own_keys),
+                _add(of_keys, image, at, _einsum("kq,qc->kc", of_logits, own_query)),
+                _add(of_values, image, at, _einsum("kq,qv->kv", weights, own)),
             )
 
         of_queries, of_keys, of_values = done
