@@ -23,6 +23,7 @@ LAYERS = [
         "shapes",
         "grid",
         "log",
+        "process",
         "stops",
         "workdir",
     ],

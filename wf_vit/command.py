@@ -24,7 +24,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from wf_vit import log, settings, stops
+from wf_vit import log, process, settings, stops
 from wf_vit.errors import RunError, UsageError
 
 
@@ -170,6 +170,7 @@ def run(arguments: Sequence[str]) -> None:
     log.show_own_log()  # First: a config may import TensorFlow too.
     config, workdir = parse(arguments)
     check(config)
+    process.keep_memory()
     from wf_vit import cache
 
     cache.keep_compiled_programs()
@@ -178,7 +179,8 @@ def run(arguments: Sequence[str]) -> None:
             from wf_vit.train import parallel
 
             parallel.initialize(config.distributed)
-        module = importlib.import_module(TASKS[config.task].module)
+        with process.without_keras():
+            module = importlib.import_module(TASKS[config.task].module)
         getattr(module, config.task)(config, workdir)
 
 
