@@ -24,6 +24,7 @@ LAYERS = [
         "grid",
         "log",
         "process",
+        "programs",
         "stops",
         "workdir",
     ],

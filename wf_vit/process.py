@@ -41,7 +41,8 @@ def keep_memory() -> bool:
     # Large blocks lie on the heap. Only the first arena's heap may grow without limit,
     # so that all threads share it.
     options = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST}
-    return all([mallopt(name, value) for name, value in options.items()])
+    done = [mallopt(name, value) for name, value in options.items()]
+    return all(done)
 
 
 @contextlib.contextmanager

@@ -84,9 +84,7 @@ class Reading:
             raise UsageError(self._cause(error, lambda: records_after(done))) from error
 
     def _mapped(self, records: tf.data.Dataset) -> tf.data.Dataset:
-        return records.map(
-            _as_it_is(self.example), num_parallel_calls=tf.data.AUTOTUNE
-        )
+        return records.map(_as_it_is(self.example), num_parallel_calls=tf.data.AUTOTUNE)
 
     def _masked(self, records: tf.data.Dataset) -> tf.data.Dataset:
         """Puts zeros, and a mask of false, in the place of what cannot be read."""

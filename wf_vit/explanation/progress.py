@@ -39,16 +39,24 @@ def operations(model: ViT) -> int:
     return 2 * model.depth * tokens * (kernels + 2 * tokens * width)
 
 
-def expected(model: ViT, forward_passes: int) -> tuple[float, str]:
-    """Returns about how many seconds an image takes here, and that in words."""
+def expected(model: ViT, forward_passes: int, *, compiles: bool) -> tuple[float, str]:
+    """Returns about how many seconds an image takes here, and that in words.
+
+    Args:
+      model: at the size of the image.
+      forward_passes: that the measurement is worth.
+      compiles: whether it is compiled first.
+    """
     count = forward_passes * operations(model)
     seconds = count / (_EFFICIENCY * _speed())
     memory = _RECORDINGS * bytes_per_image(model)
-    return seconds, (
+    words = (
         f"about {max(seconds, 1):.0f} s each here ({count / 1e9:,.3g} GFLOP, as much "
-        f"as {forward_passes} forward passes; {memory / 1e9:.2g} GB of memory), after "
-        f"about {_COMPILATION:.0f} s of compilation"
+        f"as {forward_passes} forward passes; {memory / 1e9:.2g} GB of memory)"
     )
+    if compiles:
+        words += f", after about {_COMPILATION:.0f} s of compilation"
+    return seconds, words
 
 
 def _speed() -> float:
@@ -68,16 +76,18 @@ class Progress:
     On a terminal a bar with the time left; else a line at times.
     """
 
-    def __init__(self, total: int, seconds: float):
+    def __init__(self, total: int, seconds: float, *, compiles: bool):
         """Starts the bar.
 
         Args:
           total: number of images.
           seconds: about how long an image takes; corrected by those that are done.
+          compiles: whether the first one waits for the compiler, too.
         """
         self._total, self._done = total, 0
         self._times: list[tuple[float, int]] = []
-        self._seconds, self._first = seconds + _DRAWING, _COMPILATION
+        self._seconds = seconds + _DRAWING
+        self._first = _COMPILATION if compiles else 0.0
         self._bar = tqdm.tqdm(
             total=total,
             unit=" images",

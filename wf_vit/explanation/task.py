@@ -11,12 +11,13 @@ import jax
 import ml_collections
 import numpy as np
 
+from wf_vit import programs
 from wf_vit.errors import UsageError
 from wf_vit.explanation import draw, gallery, images, progress, summary
 from wf_vit.explanation.explanation import DATA, IMAGES, Explanation, source_of
 from wf_vit.explanation.measuring import Settings, explain_batch
 from wf_vit.grid import Grid
-from wf_vit.models import pretrained
+from wf_vit.models import pretrained, registry
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.workdir import claim_workdir, held, replacing, write_text
 
@@ -166,14 +167,21 @@ def _explain_all(
 
     broken: dict[Path, str] = {}
     todo = sorted(filter(missing, sizes), key=lambda s: (sizes[s], s))
-    seconds = _announce(len(sizes), todo, sizes, seeing, settings)
-    bar = progress.Progress(len(todo), seconds)
+
+    def work(size: Size) -> str:
+        """Returns what the compiled programs for images of a size depend on."""
+        model = registry.to_json(seeing(size).model)
+        return repr(("explain", model, settings, config.batch_size))
+
+    seconds, compiles = _announce(len(sizes), todo, sizes, seeing, settings, work)
+    bar = progress.Progress(len(todo), seconds, compiles=compiles)
     for size, same in itertools.groupby(todo, key=sizes.__getitem__):
         group = list(same)
         for start in range(0, len(group), config.batch_size):
             batch = group[start : start + config.batch_size]
             with bar.images(len(batch)):
-                broken |= _measure(batch, seeing(size), config, settings, folder)
+                with programs.noted(work(size)):
+                    broken |= _measure(batch, seeing(size), config, settings, folder)
                 _draw_missing(batch, loaded, config, folder)
     bar.close()
     # What was measured before, but not drawn.
@@ -187,11 +195,16 @@ def _announce(
     sizes: dict[images.Source, Size],
     seeing: Callable[[Size], Pretrained],
     settings: Settings,
-) -> float:
-    """Says what is to be done and what it costs; returns the seconds for an image."""
+    work: Callable[[Size], str],
+) -> tuple[float, bool]:
+    """Says what is to be done and what it costs.
+
+    Returns:
+      The seconds for an image, and whether programs are compiled first.
+    """
     if not todo:
         _LOG.info("All %d images are measured.", count)
-        return 0.0
+        return 0.0, False
     largest = max((sizes[source] for source in todo), key=lambda s: s[0] * s[1])
     model = seeing(largest).model
     passes = progress.passes(
@@ -199,7 +212,10 @@ def _announce(
         propagated="propagated" in settings.indicators,
         of_class=settings.of_class,
     )
-    seconds, words = progress.expected(model, passes)
+    compiles = not all(
+        programs.are_kept(work(size)) for size in {sizes[source] for source in todo}
+    )
+    seconds, words = progress.expected(model, passes, compiles=compiles)
     _LOG.info(
         "%d of %d images to measure, %d layers, %d heads, up to %d x %d patches: %s.",
         len(todo),
@@ -209,7 +225,7 @@ def _announce(
         *model.grid,
         words,
     )
-    return seconds
+    return seconds, compiles
 
 
 def _check_patch(patch: int, loaded: Pretrained, sizes: set[Size]) -> None:

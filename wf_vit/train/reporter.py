@@ -1,5 +1,6 @@
 """What a run shows a person: its metrics, its log, its config and its figures."""
 
+import functools
 import json
 import logging
 import math
@@ -100,23 +101,20 @@ class Reporter:
           active: whether this process reports.
         """
         self._active = active
+        self._workdir = workdir
         self._undrawable = False
         self._bar = None
         self._total = total
         self._start = (step, time.perf_counter())
         if not active:
             return
-        # It brings TensorFlow, which whoever reads a finished run can do without.
-        from clu import metric_writers
+        import clu  # noqa: F401 - What is missing is found at the start.
 
         kept = [row for row in read_jsonl(workdir) if row["step"] <= step]
         write_text(
             workdir / JSONL, "".join(_line(row.pop("step"), row) for row in kept)
         )
         self._file = (workdir / JSONL).open("a", buffering=1)
-        self._writer = metric_writers.AsyncWriter(
-            metric_writers.SummaryWriter(str(workdir))
-        )
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 initial=step,
@@ -132,10 +130,24 @@ class Reporter:
     def __exit__(self, *_) -> None:
         if not self._active:
             return
-        self._writer.close()
+        if "_writer" in vars(self):
+            self._writer.close()
         self._file.close()
         if self._bar is not None:
             self._bar.close()
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        """What writes TensorBoard's events, once there is one to write.
+
+        It brings TensorFlow and Keras, which the first step need not wait for, and
+        which whoever reads a finished run can do without.
+        """
+        from clu import metric_writers
+
+        return metric_writers.AsyncWriter(
+            metric_writers.SummaryWriter(str(self._workdir))
+        )
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""

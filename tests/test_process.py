@@ -1,0 +1,80 @@
+"""The command starts without what it does not need, and keeps the memory it frees."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wf_vit import process
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The modules of the training loop, as the command imports them.
+IMPORTS = """
+import os, sys
+from wf_vit import process
+with process.without_keras():
+    import wf_vit.train.loop
+assert "tensorflow" in sys.modules
+print(*{"keras", "sklearn", "clu"} & set(sys.modules), os.getenv("TF_USE_LEGACY_KERAS"))
+"""
+# Needs 64 MiB for a moment, twice; how many pages the system cleared the second time.
+FAULTS = """
+import ctypes, resource
+from wf_vit import process
+print(process.keep_memory())
+def need():
+    block = ctypes.CDLL(None).malloc
+    block.restype = ctypes.c_void_p
+    free = ctypes.CDLL(None).free
+    free.argtypes = [ctypes.c_void_p]
+    found = block(ctypes.c_size_t(2**26))
+    ctypes.memset(found, 1, 2**26)
+    free(found)
+need()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+need()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def output(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_training_is_imported_without_keras():
+    assert output(IMPORTS) == ["None"]
+
+
+def test_a_choice_of_keras_stays(monkeypatch):
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "0")
+    with process.without_keras():
+        assert os.environ["TF_USE_LEGACY_KERAS"] == "0"
+    assert os.environ["TF_USE_LEGACY_KERAS"] == "0"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_memory_that_was_freed_is_used_again():
+    kept, faults = output(FAULTS)
+    if kept == "False":
+        pytest.skip("the C library is another, or set up by the user")
+    assert int(faults) < 100
+    unkept, faults = output(FAULTS, MALLOC_ARENA_MAX="8")
+    assert unkept == "False"
+    assert int(faults) > 100
+
+
+def test_other_systems_keep_their_allocator(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not process.keep_memory()
