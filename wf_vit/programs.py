@@ -23,8 +23,8 @@ def are_kept(work: str) -> bool:
     """Whether the programs of some work are kept, so that none is compiled for it.
 
     Args:
-      work: whatever the programs depend on, in words; JAX's version and the device
-        count of themselves. It must have been noted (``noted``).
+      work: what the programs depend on, in words, besides the version of JAX and the
+        device. Before ``noted`` has seen it, the answer is no.
     """
     note = _note(work)
     try:
