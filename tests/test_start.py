@@ -36,7 +36,7 @@ def test_a_run_is_measured_to_its_first_step_or_to_its_end(command):
 
 
 def test_a_command_that_fails_is_an_error(command):
-    with pytest.raises(UsageError, match="ended with 1.*step 1/9"):
+    with pytest.raises(UsageError, match=r"ended with 1.*step 1/9"):
         start.measure(["0"], command)
     with pytest.raises(UsageError, match="ended with 0"):
         start.measure(["0.4"], command, "never said")
