@@ -24,7 +24,7 @@ def keep_memory() -> bool:
 
     On a CPU each training step needs hundreds of megabytes for a moment. glibc hands
     them back to the system after each step, which then clears them again, page by page:
-    up to a third of the time of a step. Call it before threads are started.
+    a quarter of the CPU time of a step. Call it before threads are started.
 
     Returns:
       Whether it was done: not without glibc, nor if an environment variable of the user
