@@ -23,6 +23,7 @@ LAYERS = [
         "shapes",
         "grid",
         "log",
+        "memory",
         "stops",
         "workdir",
     ],

@@ -24,7 +24,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from wf_vit import log, settings, stops
+from wf_vit import log, memory, settings, stops
 from wf_vit.errors import RunError, UsageError
 
 
@@ -170,6 +170,7 @@ def run(arguments: Sequence[str]) -> None:
     log.show_own_log()  # First: a config may import TensorFlow too.
     config, workdir = parse(arguments)
     check(config)
+    memory.keep()
     from wf_vit import cache
 
     cache.keep_compiled_programs()

@@ -13,6 +13,10 @@ from wf_vit.errors import UsageError
 
 Batch = dict[str, np.ndarray]
 
+# TensorFlow would rewrite every function that makes an example, to turn Python's `if`
+# into its own. There is none on a tensor, and the rewriting takes a second.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
 _HINT = (
     "repair it, remove it from the data set, or set config.data.on_error='skip' to "
     "leave out what cannot be used"
@@ -80,7 +84,7 @@ class Reading:
             raise UsageError(self._cause(error, lambda: records_after(done))) from error
 
     def _mapped(self, records: tf.data.Dataset) -> tf.data.Dataset:
-        return records.map(self.example, num_parallel_calls=tf.data.AUTOTUNE)
+        return records.map(_as_it_is(self.example), num_parallel_calls=tf.data.AUTOTUNE)
 
     def _masked(self, records: tf.data.Dataset) -> tf.data.Dataset:
         """Puts zeros, and a mask of false, in the place of what cannot be read."""
@@ -91,6 +95,7 @@ class Reading:
             "mask": False,
         }
 
+        @_as_it_is
         def whole(*record: Any) -> Record:
             found = self.example(*record)
             label = found["label"]
@@ -98,6 +103,7 @@ class Reading:
             with tf.control_dependencies([check]):
                 return {**found, "label": tf.identity(label), "mask": tf.constant(True)}
 
+        @_as_it_is
         def one(*record: Any) -> tf.data.Dataset:
             found = tf.data.Dataset.from_tensors(record).map(whole).ignore_errors()
             return found.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1)
