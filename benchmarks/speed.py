@@ -12,8 +12,8 @@ are left out. Each part writes OUTPUT/PART.json and OUTPUT/PART.md.
   steps      forward passes and gradients of ViT and WinfT, beside a plain Linen ViT,
              the same under ``nn.scan``, and timm's; and the floor: their FLOPs at the
              speed of one large matrix product.
-  attention  one layer with gradients, 4,096 patches: time, and the memory of the
-             compiled program; 16,384 patches by shapes alone.
+  attention  one layer with gradients, 576 to 4,096 patches: time, and the memory of
+             the compiled program; 16,384 patches by shapes alone.
   training   a step of a WinfT-Ti on one image of 1024 x 1024 pixels.
   removal    forward passes of a ViT-S/14 without some of its patches.
 """
@@ -340,23 +340,27 @@ def attention_layers(side: int, run: str | None) -> dict[str, Callable[[], nn.Mo
     return layers
 
 
+# Sides of the grid, and the largest that is timed.
+SIDES, TIMED = (24, 32, 64, 128), 64
+
+
 def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
     """One layer with gradients: time and memory."""
     results, lines = {}, []
-    for side in (64, 128):
+    for side in SIDES:
         key, tokens = jax.random.key(SEED), side**2
         x = jax.random.normal(key, (1, tokens, 384))
         functions, memory = {}, {}
         for name, make in attention_layers(side, _FIELDS.value).items():
             whole = "whole" in name
-            if (whole or name == "Linen") and side > 64:
+            if (whole or name == "Linen") and side > TIMED:
                 continue
             limits = (attention, learned_fields)
             before = attention.BLOCKED_FROM
             for module in limits:
-                module.BLOCKED_FROM = tokens + 1 if whole else before
+                module.BLOCKED_FROM = tokens + 1 if whole else 1
             layer = make()
-            params = jax.jit(layer.init)(key, x[:, : side * side])["params"]
+            params = jax.jit(layer.init)(key, x)["params"]
 
             def pulled(params, x, cotangent, layer=layer):
                 def output(params, x):
@@ -370,7 +374,7 @@ def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
                 module.BLOCKED_FROM = before
             functions[name] = function
             memory[name] = program.memory_analysis().temp_size_in_bytes / 1e6
-        if side == 64:
+        if side <= TIMED:
             rows = summarize(take_turns(functions, turns), "Linen")
         else:
             rows = {name: {} for name in functions}

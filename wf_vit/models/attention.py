@@ -41,7 +41,7 @@ FIELD_NAMES = (FIELD, REPORT)
 DROPPED = -1e9
 
 # Tokens from which attention is computed in blocks on a CPU: a step takes less time
-# from here on (docs/design.md), and never the memory of all the logits.
+# from about here on (results/speed), and never the memory of all the logits.
 BLOCKED_FROM = 1024
 
 # What a layer records: its name, and the array.
