@@ -77,7 +77,7 @@ class View:
         False,
         "of training: shrinks by averaging boxes of pixels, and decodes a JPEG at 1/2, "
         "1/4 or 1/8 of its size where that leaves enough; resize_method is for what is "
-        "enlarged. Twice as fast; the pixels differ a little. Evaluation is as ever",
+        "enlarged. Twice as fast; pixels differ a little. Evaluation does not change",
     )
 
     def __post_init__(self):
