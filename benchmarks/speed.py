@@ -4,14 +4,19 @@ r"""What models cost: a training step, attention at high resolution, removed pat
     python -m benchmarks.speed --output=results/speed --only=attention \
         --fields=RUN                            # with the fields of a trained WinfT
 
+    python -m benchmarks.speed --output=results/speed_gpu --only=steps \
+        --dtype=bfloat16 --images=256 --peak_tflops=989        # on one H100
+
 Weights are random: no time depends on them, but for hard fields. What is compared runs
-turn by turn in one process. Ratios are medians over the turns, of the CPU time of all
-threads, which other work on the machine disturbs least. Peers that are not installed
-are left out. Each part writes OUTPUT/PART.json and OUTPUT/PART.md.
+turn by turn in one process. Ratios are medians over the turns: on a CPU of the CPU time
+of all threads, which other work on the machine disturbs least, elsewhere of the time on
+the wall. Peers that are not installed are left out. Each part writes OUTPUT/PART.json
+and OUTPUT/PART.md.
 
   steps      forward passes and gradients of ViT and WinfT, beside a plain Linen ViT,
              the same under ``nn.scan``, and timm's; and the floor: their FLOPs at the
-             speed of one large matrix product.
+             speed of one large matrix product, or at --peak_tflops, which gives the
+             share of the peak (MFU).
   attention  one layer with gradients, 576 to 4,096 patches: time, and the memory of
              the compiled program; 16,384 patches by shapes alone.
   training   a step of a WinfT-Ti on one image of 1024 x 1024 pixels.
@@ -44,6 +49,9 @@ from wf_vit.verify.report import markdown
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _ONLY = flags.DEFINE_list("only", [], "Of the parts; all by default.")
 _TURNS = flags.DEFINE_integer("turns", 5, "Medians over these are reported.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", registry.DTYPES, "Of the steps.")
+_IMAGES = flags.DEFINE_integer("images", 0, "In a batch of the steps; 0: a few.")
+_PEAK = flags.DEFINE_float("peak_tflops", 0, "Of the device; 0: of a large product.")
 _FIELDS = flags.DEFINE_string("fields", None, "Run folder of a trained WinfT.")
 
 SEED = 0
@@ -51,6 +59,8 @@ SEED = 0
 THRESHOLD, AREA = 0.05, 0.1
 
 Seconds = dict[str, dict[str, np.ndarray]]
+# What ratios are of: where the device is another, the CPU only waits.
+CLOCK = "cpu" if jax.default_backend() == "cpu" else "wall"
 
 
 def take_turns(functions: Mapping[str, Callable[[], Any]], turns: int) -> Seconds:
@@ -72,9 +82,9 @@ def take_turns(functions: Mapping[str, Callable[[], Any]], turns: int) -> Second
 
 def summarize(seconds: Seconds, beside: str) -> dict[str, dict[str, float]]:
     """Returns medians, and ratios to one of the functions with their quartiles."""
-    rows = {}
+    rows, clock = {}, CLOCK
     for name, times in seconds.items():
-        ratio = times["cpu"] / seconds[beside]["cpu"]
+        ratio = times[clock] / seconds[beside][clock]
         low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
         rows[name] = {
             "cpu_ms": 1e3 * float(np.median(times["cpu"])),
@@ -100,37 +110,47 @@ class LinenViT(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits."""
         our = self.options
-        x = nn.Conv(our.width, our.patch_size, our.patch_size, padding="VALID")(images)
+        x = nn.Conv(
+            our.width,
+            our.patch_size,
+            our.patch_size,
+            padding="VALID",
+            dtype=our.dtype,
+        )(images)
         x = x.reshape(len(x), -1, our.width)
         shape = (1, *x.shape[1:])
-        x = x + self.param("positions", nn.initializers.normal(0.02), shape)
+        positions = self.param("positions", nn.initializers.normal(0.02), shape)
+        x = x + positions.astype(x.dtype)
         if self.scan:
             split = {"params": True}
             stack = nn.scan(_Layer, {"params": 0}, split_rngs=split, length=our.depth)
-            x, _ = stack(our.num_heads, our.mlp_dim)(x, None)
+            x, _ = stack(our.num_heads, our.mlp_dim, our.dtype)(x, None)
         else:
             for _ in range(our.depth):
-                x, _ = _Layer(our.num_heads, our.mlp_dim)(x, None)
-        return nn.Dense(our.num_classes)(nn.LayerNorm()(x).mean(1))
+                x, _ = _Layer(our.num_heads, our.mlp_dim, our.dtype)(x, None)
+        x = nn.LayerNorm(dtype=our.dtype)(x).mean(1)
+        return nn.Dense(our.num_classes)(x.astype(jnp.float32))
 
 
 class _Layer(nn.Module):
     num_heads: int
     mlp_dim: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, x, _):
-        y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(self.num_heads)(y, y)
-        y = nn.gelu(nn.Dense(self.mlp_dim)(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1])(y), None
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        y = norm()(x)
+        attention = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)
+        x = x + attention(y, y)
+        return x + dense(x.shape[-1])(nn.gelu(dense(self.mlp_dim)(norm()(x)))), None
 
 
 def create(name: str, variant: str, image_size: int, **changes: Any):
-    """Returns a model for 1000 classes that computes in float32."""
-    config = registry.ModelConfig(
-        name=name, variant=variant, dtype="float32", **changes
-    )
+    """Returns a model for 1000 classes, which computes in float32 unless told."""
+    options = {"dtype": "float32", **changes}
+    config = registry.ModelConfig(name=name, variant=variant, **options)
     return registry.create_model(config, num_classes=1000, image_size=image_size)
 
 
@@ -157,6 +177,7 @@ def compiled(function: Callable, *inputs: Any) -> tuple[Callable, Any]:
 STEPS = {
     "Ti/16 at 224": ("Ti/16", 224, 8, {}),
     "S/16 at 224": ("S/16", 224, 8, {}),
+    **({} if CLOCK == "cpu" else {"B/16 at 224": ("B/16", 224, 8, {})}),
     "S/28 at 224, 64 patches": ("S/28", 224, 8, {}),
     "of configs/cifar10.py": (
         "mu/4",
@@ -172,10 +193,12 @@ TIMM = {
 
 
 def matrix_flops_per_second(turns: int) -> float:
-    """Returns the speed of one large matrix product, in FLOP a CPU second."""
-    x = jnp.ones((2048, 2048))
+    """Returns the speed of one large matrix product, or the peak that was named."""
+    if _PEAK.value:
+        return _PEAK.value * 1e12
+    x = jnp.ones((2048, 2048), registry.DTYPES[_DTYPE.value])
     seconds = take_turns({"product": functools.partial(jax.jit(jnp.dot), x, x)}, turns)
-    return 2 * 2048**3 / float(np.median(seconds["product"]["cpu"]))
+    return 2 * 2048**3 / float(np.median(seconds["product"][CLOCK]))
 
 
 def torch_step(name: str, images: np.ndarray) -> dict[str, Callable[[], Any]]:
@@ -205,8 +228,10 @@ def torch_step(name: str, images: np.ndarray) -> dict[str, Callable[[], Any]]:
 def steps(turns: int) -> tuple[dict, str]:
     """Forward passes and gradients of whole models."""
     speed = matrix_flops_per_second(turns)
-    results, lines = {"matrix_flops_per_cpu_second": speed, "sizes": {}}, []
+    results, lines = {"flops_per_second_of_floor": speed, "sizes": {}}, []
     for label, (variant, pixels, images, changes) in STEPS.items():
+        images = _IMAGES.value or images
+        changes = {"dtype": _DTYPE.value, **changes}
         shape = (images, pixels, pixels, 3)
         batch = jax.random.normal(jax.random.key(SEED), shape)
         ours = create("vit", variant, pixels, **changes)
@@ -228,7 +253,7 @@ def steps(turns: int) -> tuple[dict, str]:
                 function, program = compiled(of, params, batch)
                 functions[f"{kind}, {name}"] = function
                 flops[f"{kind}, {name}"] = program.cost_analysis()["flops"]
-        if label in TIMM:
+        if label in TIMM and CLOCK == "cpu":
             functions |= torch_step(TIMM[label], np.asarray(batch))
         seconds = take_turns(functions, turns)
         rows = {}
@@ -239,7 +264,7 @@ def steps(turns: int) -> tuple[dict, str]:
             floor = ""
             if name in flops:
                 row["floor_ms"] = 1e3 * flops[name] / speed
-                floor = f"{row['cpu_ms'] / row['floor_ms']:.2f}"
+                floor = f"{row[f'{CLOCK}_ms'] / row['floor_ms']:.2f}"
             low, high = row["ratio_quartiles"]
             times = (f"{row['cpu_ms']:,.0f}", f"{row['wall_ms']:,.0f}")
             ratio = (f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
