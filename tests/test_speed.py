@@ -40,5 +40,5 @@ def test_steps_are_measured_beside_the_floor(monkeypatch, tmp_path, given, dtype
 
 def test_unknown_parts_are_refused(given):
     given(only="steps,everything")
-    with pytest.raises(UsageError, match="everything.*steps, attention"):
+    with pytest.raises(UsageError, match=r"everything.*steps, attention"):
         speed.main([])
