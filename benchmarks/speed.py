@@ -23,11 +23,12 @@ and OUTPUT/PART.md.
   removal    forward passes of a ViT-S/14 without some of its patches.
 """
 
+import contextlib
 import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,17 @@ def attention_layers(side: int, run: str | None) -> dict[str, Callable[[], nn.Mo
     return layers
 
 
+@contextlib.contextmanager
+def blocked_from(tokens: int) -> Iterator[None]:
+    """Computes attention in blocks from so many tokens on, whatever it has to hold."""
+    limits = attention.BLOCKED_FROM, attention.WHOLE_LOGITS
+    attention.BLOCKED_FROM = learned_fields.BLOCKED_FROM = tokens
+    attention.WHOLE_LOGITS = 0
+    yield
+    attention.BLOCKED_FROM, attention.WHOLE_LOGITS = limits
+    learned_fields.BLOCKED_FROM = limits[0]
+
+
 # Sides of the grid, and the largest that is timed.
 SIDES, TIMED = (24, 32, 64, 128), 64
 
@@ -381,10 +393,6 @@ def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
             whole = "whole" in name
             if (whole or name == "Linen") and side > TIMED:
                 continue
-            limits = (attention, learned_fields)
-            before = attention.BLOCKED_FROM
-            for module in limits:
-                module.BLOCKED_FROM = tokens + 1 if whole else 1
             layer = make()
             params = jax.jit(layer.init)(key, x)["params"]
 
@@ -395,9 +403,8 @@ def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
                 output, pull_back = jax.vjp(output, params, x)
                 return output, pull_back(cotangent)
 
-            function, program = compiled(pulled, params, x, x[:, ::-1])
-            for module in limits:
-                module.BLOCKED_FROM = before
+            with blocked_from(tokens + 1 if whole else 1):
+                function, program = compiled(pulled, params, x, x[:, ::-1])
             functions[name] = function
             memory[name] = program.memory_analysis().temp_size_in_bytes / 1e6
         if side <= TIMED:
@@ -406,12 +413,13 @@ def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
             rows = {name: {} for name in functions}
         for name, row in rows.items():
             row["temporary_mb"] = memory[name]
-            times = ["", ""]
+            times = ["", "", ""]
             if "ratio" in row:
-                times = [f"{row['cpu_ms']:,.0f}", f"{row['ratio']:.3f}"]
+                times = [f"{row[f'{clock}_ms']:,.0f}" for clock in ("cpu", "wall")]
+                times.append(f"{row['ratio']:.3f}")
             lines.append([f"{tokens:,}", name, *times, f"{memory[name]:,.0f}"])
         results[f"{tokens} patches"] = rows
-    header = ["patches", "layer", "CPU ms", "of Linen", "temporary MB"]
+    header = ["patches", "layer", "CPU ms", "wall ms", "of Linen", "temporary MB"]
     return results, markdown(header, lines)
 
 

@@ -79,6 +79,7 @@ def test_only_keys_within_reach_count(grid, size, prefix):
 def all_in_blocks(monkeypatch):
     for module in (attention, learned_fields):
         monkeypatch.setattr(module, "BLOCKED_FROM", 1)
+    monkeypatch.setattr(attention, "WHOLE_LOGITS", 0)
 
 
 SIZE = {

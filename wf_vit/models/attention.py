@@ -16,7 +16,6 @@ Queries are scaled, not the logits, and outputs are divided by the softmax's sum
 the weights: there are fewer of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -41,12 +40,11 @@ FIELD_NAMES = (FIELD, REPORT)
 # Added to the logits of a key that must not be attended to: exp() of it is exactly 0.
 DROPPED = -1e9
 
-# Tokens from which attention is computed in blocks on a CPU: a step takes less time
-# from about here on (results/speed), and never the memory of all the logits.
+# Where attention is computed in blocks on a CPU: from so many tokens on, if a layer has
+# more logits than 128 MiB. A step takes less CPU time from 1,024 tokens on anyway, but
+# blocks keep one core busy, and whole logits all of them.
 BLOCKED_FROM = 1024
-# Logits of a layer, 64 MiB, up to which a forward pass without gradients has them all
-# at once nevertheless: that is faster, on several cores by far.
-_WHOLE_LOGITS = 2**24
+WHOLE_LOGITS = 2**25
 
 # What a layer records: its name, and the array.
 Record = dict[str, Array]
@@ -101,26 +99,9 @@ def fused(
         output = jax.nn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
         return jnp.swapaxes(output, 1, 2)
     if bias is None and query.shape[2] >= BLOCKED_FROM:
-        return _long(query, key, value)
-    return _written_out(query, key, value, bias)
-
-
-@jax.custom_vjp
-def _long(query, key, value):
-    images, heads, tokens, _ = query.shape
-    if images * heads * tokens**2 <= _WHOLE_LOGITS:
-        return _written_out(query, key, value, None)
-    return _in_blocks(query, key, value)
-
-
-def _in_blocks(query, key, value):
-    return blocked.attend(query, key, value).astype(value.dtype)
-
-
-_long.defvjp(functools.partial(jax.vjp, _in_blocks), lambda pull_back, x: pull_back(x))
-
-
-def _written_out(query, key, value, bias):
+        images, heads, tokens, _ = query.shape
+        if images * heads * tokens**2 > WHOLE_LOGITS:
+            return blocked.attend(query, key, value).astype(value.dtype)
     logits = _logits(query, key, bias)
     highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - highest)
