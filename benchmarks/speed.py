@@ -530,7 +530,7 @@ def main(argv: list[str]) -> None:
         results, table = PARTS[name](_TURNS.value)
         text = json.dumps({"machine": machine, "results": results}, indent=2)
         (output / f"{name}.json").write_text(text + "\n")
-        (output / f"{name}.md").write_text(table)
+        (output / f"{name}.md").write_text(table + "\n")
         print(table)
 
 
