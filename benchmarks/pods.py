@@ -41,19 +41,6 @@ from wf_vit.errors import UsageError
 from wf_vit.train import parallel, steps
 from wf_vit.train.config import Training, resolve
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
-_CONFIGS = flags.DEFINE_list(
-    "configs", ["configs/windowfree.py", "configs/vit.py"], "Files of configs."
-)
-_VARIANTS = flags.DEFINE_list("variants", ["S/16", "B/16"], "Of config.model.variant.")
-_DEVICES = flags.DEFINE_list("devices", ["8", "32", "256"], "Chips or GPUs of a run.")
-_PER_DEVICE = flags.DEFINE_integer(
-    "per_device", 128, "Images of a device; beside them, config.batch_size in all."
-)
-_MFU = flags.DEFINE_float("mfu", 0.3, "Assumed share of the peak FLOPs.", 0.0, 1.0)
-_CLASSES = flags.DEFINE_integer("classes", 1000, "Of the data.", 2)
-_IMAGES = flags.DEFINE_integer("images", 1_281_167, "Training images of the data.", 1)
-
 # What a reduction over the devices is called in a traced program.
 _REDUCTIONS = ("psum", "psum_invariant")
 
@@ -333,4 +320,22 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
+    _CONFIGS = flags.DEFINE_list(
+        "configs", ["configs/windowfree.py", "configs/vit.py"], "Files of configs."
+    )
+    _VARIANTS = flags.DEFINE_list(
+        "variants", ["S/16", "B/16"], "Of config.model.variant."
+    )
+    _DEVICES = flags.DEFINE_list(
+        "devices", ["8", "32", "256"], "Chips or GPUs of a run."
+    )
+    _PER_DEVICE = flags.DEFINE_integer(
+        "per_device", 128, "Images of a device; beside them, config.batch_size in all."
+    )
+    _MFU = flags.DEFINE_float("mfu", 0.3, "Assumed share of the peak FLOPs.", 0.0, 1.0)
+    _CLASSES = flags.DEFINE_integer("classes", 1000, "Of the data.", 2)
+    _IMAGES = flags.DEFINE_integer(
+        "images", 1_281_167, "Training images of the data.", 1
+    )
     app.run(main)

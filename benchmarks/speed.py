@@ -24,11 +24,12 @@ and OUTPUT/PART.md.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,25 @@ from wf_vit.models import attention, learned_fields, pretrained, registry
 from wf_vit.models.windowfree import FieldConfig, PredictedFields
 from wf_vit.verify.report import markdown
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_ONLY = flags.DEFINE_list("only", [], "Of the parts; all by default.")
-_TURNS = flags.DEFINE_integer("turns", 5, "Medians over these are reported.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", registry.DTYPES, "Of the steps.")
-_IMAGES = flags.DEFINE_integer("images", 0, "In a batch of the steps; 0: a few.")
-_PEAK = flags.DEFINE_float("peak_tflops", 0, "Of the device; 0: of a large product.")
-_FIELDS = flags.DEFINE_string("fields", None, "Run folder of a trained WinfT.")
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured how, as the flags say it.
+
+    Attributes:
+      turns: medians over these are reported.
+      dtype: of the steps.
+      images: in a batch of the steps; 0 for a few.
+      peak_tflops: of the device; 0 for the speed of a large product.
+      fields: run folder of a trained WinfT, or None.
+    """
+
+    turns: int = 5
+    dtype: str = "float32"
+    images: int = 0
+    peak_tflops: float = 0.0
+    fields: str | None = None
+
 
 SEED = 0
 # Of hard fields: membership below which keys are dropped, and the share that is left.
@@ -193,12 +206,13 @@ TIMM = {
 }
 
 
-def matrix_flops_per_second(turns: int) -> float:
+def matrix_flops_per_second(options: Options) -> float:
     """Returns the speed of one large matrix product, or the peak that was named."""
-    if _PEAK.value:
-        return _PEAK.value * 1e12
-    x = jnp.ones((2048, 2048), registry.DTYPES[_DTYPE.value])
-    seconds = take_turns({"product": functools.partial(jax.jit(jnp.dot), x, x)}, turns)
+    if options.peak_tflops:
+        return options.peak_tflops * 1e12
+    x = jnp.ones((2048, 2048), registry.DTYPES[options.dtype])
+    product = functools.partial(jax.jit(jnp.dot), x, x)
+    seconds = take_turns({"product": product}, options.turns)
     return 2 * 2048**3 / float(np.median(seconds["product"][CLOCK]))
 
 
@@ -226,13 +240,13 @@ def torch_step(name: str, images: np.ndarray) -> dict[str, Callable[[], Any]]:
     return {"forward, timm": forward, "step, timm": step}
 
 
-def steps(turns: int) -> tuple[dict, str]:
+def steps(options: Options) -> tuple[dict, str]:
     """Forward passes and gradients of whole models."""
-    speed = matrix_flops_per_second(turns)
+    speed = matrix_flops_per_second(options)
     results, lines = {"flops_per_second_of_floor": speed, "sizes": {}}, []
     for label, (variant, pixels, images, changes) in STEPS.items():
-        images = _IMAGES.value or images
-        changes = {"dtype": _DTYPE.value, **changes}
+        images = options.images or images
+        changes = {"dtype": options.dtype, **changes}
         shape = (images, pixels, pixels, 3)
         batch = jax.random.normal(jax.random.key(SEED), shape)
         ours = create("vit", variant, pixels, **changes)
@@ -257,7 +271,7 @@ def steps(turns: int) -> tuple[dict, str]:
                     flops[f"{kind}, {name}"] = program.cost_analysis()["flops"]
         if label in TIMM and CLOCK == "cpu":
             functions |= torch_step(TIMM[label], np.asarray(batch))
-        seconds = take_turns(functions, turns)
+        seconds = take_turns(functions, options.turns)
         rows = {}
         for kind in ("forward", "step"):
             own = {n: s for n, s in seconds.items() if n.startswith(kind)}
@@ -382,14 +396,14 @@ def blocked_from(tokens: int) -> Iterator[None]:
 SIDES, TIMED = (24, 32, 64, 128), 64
 
 
-def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
+def attention_at_high_resolution(options: Options) -> tuple[dict, str]:
     """One layer with gradients: time and memory."""
     results, lines = {}, []
     for side in SIDES:
         key, tokens = jax.random.key(SEED), side**2
         x = jax.random.normal(key, (1, tokens, 384))
         functions, memory = {}, {}
-        for name, make in attention_layers(side, _FIELDS.value).items():
+        for name, make in attention_layers(side, options.fields).items():
             whole = "whole" in name
             if (whole or name == "Linen") and side > TIMED:
                 continue
@@ -408,7 +422,7 @@ def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
             functions[name] = function
             memory[name] = program.memory_analysis().temp_size_in_bytes / 1e6
         if side <= TIMED:
-            rows = summarize(take_turns(functions, turns), "Linen")
+            rows = summarize(take_turns(functions, options.turns), "Linen")
         else:
             rows = {name: {} for name in functions}
         for name, row in rows.items():
@@ -423,7 +437,7 @@ def attention_at_high_resolution(turns: int) -> tuple[dict, str]:
     return results, markdown(header, lines)
 
 
-def training_at_high_resolution(turns: int) -> tuple[dict, str]:
+def training_at_high_resolution(options: Options) -> tuple[dict, str]:
     """A whole step on one large image."""
     rows, lines = {}, []
     batch = jax.random.normal(jax.random.key(SEED), (1, 1024, 1024, 3))
@@ -437,7 +451,7 @@ def training_at_high_resolution(turns: int) -> tuple[dict, str]:
             return model.apply({"params": params}, batch)[0]
 
         function, program = compiled(with_gradient(logits), params, batch)
-        seconds = take_turns({label: function}, turns)
+        seconds = take_turns({label: function}, options.turns)
         loss, _ = function()
         row = summarize(seconds, label)[label] | {
             "temporary_mb": program.memory_analysis().temp_size_in_bytes / 1e6,
@@ -455,7 +469,7 @@ REMOVAL = {(224, 1): 9, (224, 64): 3, (518, 1): 5, (518, 64): 1}
 REMOVED_BEFORE, KEPT = (0, 4), (0.75, 0.5, 0.25)
 
 
-def removal(turns: int) -> tuple[dict, str]:
+def removal(options: Options) -> tuple[dict, str]:
     """Forward passes without some patches, which are gathered out."""
     results, lines = {}, []
     for (pixels, images), most in REMOVAL.items():
@@ -489,7 +503,7 @@ def removal(turns: int) -> tuple[dict, str]:
                 )
                 name = f"{share:.0%} from layer {layer} on"
                 functions[name] = compiled(run, params, batch)[0]
-        rows = summarize(take_turns(functions, min(turns, most)), "all patches")
+        rows = summarize(take_turns(functions, min(options.turns, most)), "all patches")
         for name, row in rows.items():
             per_image = row["wall_ms"] / images
             cells = (f"{per_image:,.1f}", f"{1 / row['ratio']:.2f}")
@@ -507,32 +521,59 @@ PARTS = {
 }
 
 
-def main(argv: list[str]) -> None:
-    """Measures the parts that are asked for."""
-    del argv
-    logging.set_verbosity(logging.ERROR)
-    unknown = set(_ONLY.value) - set(PARTS)
+def measure_parts(options: Options, parts: Sequence[str], output: Path) -> None:
+    """Measures some of ``PARTS``, prints and writes what comes out.
+
+    Raises:
+      UsageError: there is no such part.
+    """
+    unknown = set(parts) - set(PARTS)
     if unknown:
         raise UsageError(
             f"--only names {', '.join(sorted(unknown))}: choose from "
             f"{', '.join(PARTS)}."
         )
-    output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     machine = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "platform": platform.machine(),
         "jax": jax.__version__,
-        "turns": _TURNS.value,
     }
-    for name in _ONLY.value or PARTS:
-        results, table = PARTS[name](_TURNS.value)
-        text = json.dumps({"machine": machine, "results": results}, indent=2)
-        (output / f"{name}.json").write_text(text + "\n")
+    for name in parts:
+        results, table = PARTS[name](options)
+        found = {
+            "machine": machine,
+            "turns": options.turns,
+            "results": results,
+        }
+        (output / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         (output / f"{name}.md").write_text(table + "\n")
         print(table)
 
 
+def main(argv: list[str]) -> None:
+    """Measures the parts that the flags name."""
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    options = Options(
+        turns=_TURNS.value,
+        dtype=_DTYPE.value,
+        images=_IMAGES.value,
+        peak_tflops=_PEAK.value,
+        fields=_FIELDS.value,
+    )
+    measure_parts(options, _ONLY.value or list(PARTS), Path(_OUTPUT.value))
+
+
 if __name__ == "__main__":
+    _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    _ONLY = flags.DEFINE_list("only", [], "Of the parts; all by default.")
+    _TURNS = flags.DEFINE_integer("turns", 5, "Medians over these are reported.")
+    _DTYPE = flags.DEFINE_enum("dtype", "float32", registry.DTYPES, "Of the steps.")
+    _IMAGES = flags.DEFINE_integer("images", 0, "In a batch of the steps; 0: a few.")
+    _PEAK = flags.DEFINE_float(
+        "peak_tflops", 0, "Of the device; 0: of a large product."
+    )
+    _FIELDS = flags.DEFINE_string("fields", None, "Run folder of a trained WinfT.")
     app.run(main)

@@ -29,13 +29,6 @@ from absl import app, flags
 
 from wf_vit.errors import UsageError
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_WEIGHTS = flags.DEFINE_string("weights", "", "Checkpoint to explain; '': leave out.")
-_IMAGE = flags.DEFINE_string("image", "", "Photograph to explain; '': leave out.")
-_SIZE = flags.DEFINE_integer("image_size", 224, "At which the photograph is seen.")
-_TURNS = flags.DEFINE_integer("turns", 3, "Medians over these are reported.")
-_WHOLE = flags.DEFINE_integer("whole", 1, "Turns that run the training to its end.")
-
 ROOT = Path(__file__).resolve().parents[1]
 REPORTED = " step 1/"  # What the log of training says after its first step.
 
@@ -154,4 +147,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    _WEIGHTS = flags.DEFINE_string(
+        "weights", "", "Checkpoint to explain; '': leave out."
+    )
+    _IMAGE = flags.DEFINE_string("image", "", "Photograph to explain; '': leave out.")
+    _SIZE = flags.DEFINE_integer("image_size", 224, "At which the photograph is seen.")
+    _TURNS = flags.DEFINE_integer("turns", 3, "Medians over these are reported.")
+    _WHOLE = flags.DEFINE_integer("whole", 1, "Turns that run the training to its end.")
     app.run(main)

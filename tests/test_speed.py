@@ -3,30 +3,16 @@
 import json
 
 import pytest
-from absl import flags
 
 from benchmarks import speed
 from wf_vit.errors import UsageError
 
 
-@pytest.fixture
-def given(tmp_path):
-    def set_flags(**options):
-        saved = flags.FLAGS.flag_values_dict()
-        names = [f"--output={tmp_path}", "--turns=2"]
-        names += [f"--{name}={value}" for name, value in options.items()]
-        flags.FLAGS(["speed", *names])
-        return saved
-
-    yield set_flags
-    flags.FLAGS.unparse_flags()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_are_measured_beside_the_floor(monkeypatch, tmp_path, given, dtype):
-    given(only="steps", dtype=dtype, images=2, peak_tflops=1)
+def test_steps_are_measured_beside_the_floor(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(speed, "STEPS", {"mu": ("mu/4", 16, 8, {})})
-    speed.main([])
+    options = speed.Options(turns=2, dtype=dtype, images=2, peak_tflops=1)
+    speed.measure_parts(options, ["steps"], tmp_path)
     results = json.loads((tmp_path / "steps.json").read_text())["results"]
     assert results["flops_per_second_of_floor"] == 1e12
     rows = results["sizes"]["mu"]
@@ -38,7 +24,6 @@ def test_steps_are_measured_beside_the_floor(monkeypatch, tmp_path, given, dtype
     assert "| mu, 2 images | step, WinfT |" in table
 
 
-def test_unknown_parts_are_refused(given):
-    given(only="steps,everything")
+def test_unknown_parts_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"everything.*steps, attention"):
-        speed.main([])
+        speed.measure_parts(speed.Options(), ["steps", "everything"], tmp_path)
