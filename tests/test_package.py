@@ -35,7 +35,16 @@ def test_every_part_is_an_attribute_and_loaded_when_asked_for():
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     # These are the command's, not the library's.
-    own = {"__init__", "cache", "command", "log", "settings", "stops", "workdir"}
+    own = {
+        "__init__",
+        "cache",
+        "command",
+        "log",
+        "memory",
+        "settings",
+        "stops",
+        "workdir",
+    }
     assert parts - own == set(wf_vit._PARTS)
     code = (
         "import sys, wf_vit; before = set(sys.modules); "
