@@ -352,7 +352,7 @@ class _LinenAttention(nn.Module):
 def attention_layers(side: int, run: str | None) -> dict[str, Callable[[], nn.Module]]:
     """Returns the makers of one attention layer of S/16, by what they are called."""
     heads, grid = 6, (side, side)
-    # Half of the radius of a disc that is ``AREA`` of the grid: half a width is 1.
+    # What is above the threshold is a disc, and ``AREA`` of the grid.
     radius = (AREA * side**2 / np.pi) ** 0.5
     width = radius / (-2 * np.log(THRESHOLD)) ** 0.5
     extents = (float(width * (2 * np.log(2)) ** 0.5),)
@@ -383,13 +383,15 @@ def attention_layers(side: int, run: str | None) -> dict[str, Callable[[], nn.Mo
 
 @contextlib.contextmanager
 def blocked_from(tokens: int) -> Iterator[None]:
-    """Computes attention in blocks from so many tokens on, whatever it has to hold."""
+    """Attention is in blocks from so many tokens on, however small its logits are."""
     limits = attention.BLOCKED_FROM, attention.WHOLE_LOGITS
     attention.BLOCKED_FROM = learned_fields.BLOCKED_FROM = tokens
     attention.WHOLE_LOGITS = 0
-    yield
-    attention.BLOCKED_FROM, attention.WHOLE_LOGITS = limits
-    learned_fields.BLOCKED_FROM = limits[0]
+    try:
+        yield
+    finally:
+        attention.BLOCKED_FROM, attention.WHOLE_LOGITS = limits
+        learned_fields.BLOCKED_FROM = limits[0]
 
 
 # Sides of the grid, and the largest that is timed.

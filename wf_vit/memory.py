@@ -21,8 +21,8 @@ def keep() -> bool:
     """Lets a process that computes on a CPU keep what it frees, for its next need.
 
     Each training step needs hundreds of megabytes for a moment. glibc hands them back
-    to the system after the step, which clears them again for the next one, page by
-    page. Call it before JAX starts its threads: it is too late for those that run.
+    to the system after the step, and the system clears them for the next one, page by
+    page. Call it before JAX starts its threads; for threads that run it is too late.
 
     Returns:
       Whether it was done: not where JAX can use an accelerator, not without glibc, nor

@@ -185,7 +185,7 @@ class _Tiles:
         return x[:, :rows, :columns].reshape(len(x), rows * columns, -1)
 
     def plan(self, reach: Ellipses) -> _Plan:
-        """Returns what every tile has to visit, and no quarter more."""
+        """Returns the quarters that every tile has to visit, and no others."""
         places = jnp.asarray(geometry.coordinates(self.grid), jnp.float32)[None]
         centre = self.split(reach.centre, _NOWHERE)
         scale = 1 / self.split(reach.radius, 1.0)
