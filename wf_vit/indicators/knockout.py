@@ -15,8 +15,9 @@ only key leaves nothing to attend to: m_i is then the mean value, which is what 
 softmax gives when all its keys are masked.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,12 @@ def knockout_impact(
     if per_head:
         exponents = exponents[..., None, None]
     options = {"layered": layered, "per_head": per_head}
-    impact = _map_images(image, gram, exponents, attention, values, **options)
+    impact, exponents = _map_images(
+        image, gram, exponents, attention, values, **options
+    )
+    if not per_head:
+        exponents = exponents[..., None, None]
+    impact = join(impact, exponents)
     return normalize_rows(impact) if normalize else impact
 
 
@@ -136,30 +142,81 @@ def knockout_effect(
     """
     checks.count_tokens(attention, num_prefix_tokens)
     checks.check_shapes(attention, values, output_kernel, residual_scale, cotangents)
+    effect, exponents = map_effects(
+        lambda effects: effects[0],
+        attention,
+        values,
+        output_kernel,
+        cotangents[..., None, :, :],
+        residual_scale,
+        num_prefix_tokens=num_prefix_tokens,
+        per_head=per_head,
+        block_size=block_size,
+    )
+    axes = range(exponents.ndim, effect.ndim)
+    return join(effect, jnp.expand_dims(exponents, tuple(axes)))
+
+
+def map_effects(
+    function: Callable[[Array], Any],
+    attention: Attention,
+    values: Values,
+    output_kernel: Float[Array, "*layer H K D"],
+    cotangents: Float[Array, "*batch M N D"],
+    residual_scale: Float[Array, "*scale_layer D"] | None,
+    *,
+    num_prefix_tokens: int,
+    per_head: bool,
+    block_size: int,
+) -> tuple[Any, Int[Array, "*batch"]]:
+    """Applies a function to the effects on M scalars, an image of a layer at a time.
+
+    What a cut does to the outputs of the heads is computed once for all of them. The
+    arguments are those of `knockout_effect`, which checks them.
+
+    Args:
+      function: takes effects, ``[M, P, P]``, or with ``per_head`` ``[M, H, P, P]``.
+      attention: of all heads.
+      values: of all tokens.
+      output_kernel: of one layer, or of those in front.
+      cotangents: gradients of M scalars.
+      residual_scale: LayerScale, or None.
+      num_prefix_tokens: tokens before the patches.
+      per_head: whether the function takes the effect in each head.
+      block_size: queries computed at once.
+
+    Returns:
+      What the function returns, ``[...]`` in front, and the power of two that its
+      effects are to be multiplied by.
+    """
 
     def image(kernel, attention, values, cotangents):
-        def block_effect(rows, seen):
+        def block_effects(rows, seen):
             cut = _cut(rows, values)
-            products = einsum("hqk,hnk->hqn", seen, values)
-            output = row_products(seen, cut.output)
-            others = cut.ratio * (products - output[..., None])
-            top = cut.share * row_products(seen, cut.shift)
-            effect = jnp.where(cut.is_top, top[..., None], others)
-            return effect if per_head else sum(effect)
+            seen = seen.reshape(*seen.shape[:2], len(cotangents), -1)
 
-        rows, cotangents = (
-            attention[:, num_prefix_tokens:],
-            cotangents[num_prefix_tokens:],
-        )
+            def effect(seen):
+                products = einsum("hqk,hnk->hqn", seen, values)
+                output = row_products(seen, cut.output)
+                others = cut.ratio * (products - output[..., None])
+                top = cut.share * row_products(seen, cut.shift)
+                effect = jnp.where(cut.is_top, top[..., None], others)
+                return effect if per_head else sum(effect)
+
+            return jnp.stack([effect(of_one) for of_one in jnp.unstack(seen, axis=2)])
+
+        rows = attention[:, num_prefix_tokens:]
+        cotangents = cotangents[:, num_prefix_tokens:]
         # The cotangents as each head sees them, through its slice of the kernel.
-        seen = einsum("hkd,nd->hnk", kernel, cotangents)
-        return _map_queries(block_effect, block_size, rows, seen)
+        seen = einsum("hkd,mnd->hnmk", kernel, cotangents)
+        seen = seen.reshape(*seen.shape[:2], -1)
+        effects = _map_queries(block_effects, block_size, rows, seen)
+        return function(effects[..., num_prefix_tokens:])
 
     kernel, exponents = _scaled_kernel(output_kernel, residual_scale, (-3, -2, -1))
-    layered = kernel.ndim == 4
     arrays = (attention, values, cotangents)
-    effect = _map_images(image, kernel, exponents, *arrays, layered=layered)
-    return effect[..., num_prefix_tokens:]
+    layered = kernel.ndim == 4
+    return _map_images(image, kernel, exponents, *arrays, layered=layered)
 
 
 class _Cut(NamedTuple):
@@ -293,6 +350,9 @@ def _map_images(
     made of, so that powers of two can be taken out: of each head ``per_head``, where
     the result has heads, else of all. Those of the weights are given. With ``layered``
     the weights have the layers in front, like the rest.
+
+    Returns:
+      What the function returns, and the powers of two that were taken out.
     """
     options = {"layered": False, "per_head": per_head}
     if layered:
@@ -311,14 +371,14 @@ def _map_images(
         values = values - values.mean(1, keepdims=True)
         scaled = []
         for other in others:
-            numbers, power = split(other, (0, 1))
+            numbers, power = split(other, tuple(range(other.ndim)))
             scaled.append(numbers)
-            total = total + power[0, 0]
-        return join(function(weights, attention, values, *scaled), total)
+            total = total + power.reshape(())
+        return function(weights, attention, values, *scaled), total
 
     flat = [x.reshape(-1, *x.shape[len(batch) :]) for x in (attention, values, *arrays)]
     result = lax.map(image, flat)
-    return result.reshape(*batch, *result.shape[1:])
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
 
 
 def _scaled_kernel(output_kernel, residual_scale, axis):

@@ -1,5 +1,6 @@
 """What cutting each interaction does to the model's output, from backward passes."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.indicators import checks
 from wf_vit.indicators.arithmetic import join, power, split, sqrt
-from wf_vit.indicators.knockout import knockout_effect, knockout_impact
+from wf_vit.indicators.knockout import knockout_impact, map_effects
 from wf_vit.shapes import Attention, Values
 
 
@@ -104,36 +105,49 @@ def propagated_knockout(
     layer = (attention, values, output_kernel)
     options = {"num_prefix_tokens": num_prefix_tokens, "block_size": block_size}
 
-    def moments(effect, axis):
-        numbers, exponents = split(effect, axis)
-        # In all heads at once: their sum, before it is squared.
-        if len(axis) == 3:
-            numbers, exponents = (
-                sum(jnp.unstack(numbers, axis=-3)),
-                exponents[..., 0, :, :],
-            )
+    def moments(effects):
+        """Returns the sums over the probes of squares and of fourth powers."""
+        numbers, more = split(effects, (0, -2, -1))
         square = jnp.square(numbers)
-        fourth = jnp.square(square).sum((-1, -2), keepdims=True)
-        return _Sums(square, fourth, exponents)
+        fourth = jnp.square(square).sum((0, -2, -1))[..., None, None]
+        return _Sums(square.sum(0), fourth, more[0])
 
-    def of_probe(probe):
-        gradient = cotangents(probe)
-        effect = knockout_effect(
-            *layer, gradient, residual_scale, per_head=per_head, **options
+    def of_probes(probes):
+        gradients = jax.vmap(cotangents, out_axes=-3)(probes)
+
+        def of_image(effects):
+            if not per_head:
+                return moments(effects), None
+            # In all heads at once: their sum, before it is squared.
+            return moments(sum(jnp.unstack(effects, axis=1))), moments(effects)
+
+        (fused, heads), exponents = map_effects(
+            of_image,
+            attention,
+            values,
+            output_kernel,
+            gradients,
+            residual_scale,
+            **options,
+            per_head=per_head,
         )
-        numbers, exponents = split(gradient.astype(jnp.float32), (-2, -1))
-        stretch = jnp.square(numbers).mean(-1, keepdims=True)[
-            ..., num_prefix_tokens:, :
-        ]
-        stretch = _Sums(stretch, jnp.zeros_like(exponents, stretch.dtype), exponents)
-        if not per_head:
-            return moments(effect, (-2, -1)), None, stretch
-        return moments(effect, (-3, -2, -1)), moments(effect, (-2, -1)), stretch
+        exponents = exponents[..., None, None]
+        fused = fused._replace(exponents=fused.exponents + exponents)
+        if per_head:
+            exponents = heads.exponents + exponents[..., None]
+            heads = heads._replace(exponents=exponents)
+        numbers, exponents = split(gradients.astype(jnp.float32), (-3, -2, -1))
+        stretch = jnp.square(numbers).mean(-1, keepdims=True).sum(-3)
+        stretch, exponents = stretch[..., num_prefix_tokens:, :], exponents[..., 0]
+        zeros = jnp.zeros_like(exponents, stretch.dtype)
+        return fused, heads, _Sums(stretch, zeros, exponents)
 
-    def add_probe(sums, probe):
-        added = of_probe(probe)
+    def add_probes(sums, probes):
         together = jax.tree.map(
-            _Sums.plus, sums, added, is_leaf=lambda x: isinstance(x, _Sums)
+            _Sums.plus,
+            sums,
+            of_probes(probes),
+            is_leaf=lambda x: isinstance(x, _Sums),
         )
         return together, None
 
@@ -164,7 +178,8 @@ def propagated_knockout(
 
     heads = zeros(*attention.shape[:-2]) if per_head else None
     start = (zeros(*batch), heads, zeros(*batch, width=1))
-    sums, _ = lax.scan(add_probe, start, jnp.arange(num_probes))
+    probes = jnp.arange(num_probes).reshape(-1, math.gcd(num_probes, _TOGETHER))
+    sums, _ = lax.scan(add_probes, start, probes)
     fused, heads, stretch = sums
     result = estimate(fused, stretch, per_head=False)
     if per_head:
@@ -172,6 +187,9 @@ def propagated_knockout(
     return result
 
 
+# Probes whose backward passes run together, if their number can be divided so: products
+# of larger matrices, and what a cut does to the heads is computed once for all of them.
+_TOGETHER = 4
 # An exponent below those of all numbers.
 _NOTHING = -1000
 
