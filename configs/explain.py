@@ -77,6 +77,13 @@ KEYS = {
     "mass": Setting(
         0.5, "share of its impact that a patch's field holds", above=0, below=1
     ),
+    # Choosing takes about as long as 200 forward passes.
+    "removal": Setting(
+        False,
+        "whether to find out which patches the model can do without, before the first "
+        "layer of each quarter (wf_vit.selection.select_patches), with a figure; this "
+        "takes many times as long as the rest",
+    ),
     "patch": Setting(
         -1,
         "patch in the figures, counted row by row from 0; -1: the most telling ones",

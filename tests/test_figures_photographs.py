@@ -25,6 +25,7 @@ IMPACT = RNG.gamma(0.5, size=(LAYERS, PATCHES, PATCHES)).astype(np.float32)
 EFFECT = RNG.normal(size=IMPACT.shape).astype(np.float32)
 BY_HEAD = RNG.gamma(0.5, size=(LAYERS, HEADS, PATCHES, PATCHES)).astype(np.float32)
 ROWS = RNG.gamma(0.5, size=(LAYERS, HEADS, 3, PATCHES)).astype(np.float32)
+ORDER = 1 + RNG.permuted(np.tile(np.arange(PATCHES), (LAYERS, 1)), axis=1)
 TOKENS = RNG.normal(size=(PATCHES, 8)).astype(np.float32)
 FIELD = responsive_field(jnp.asarray(IMPACT), GRID)
 POSITION = geometry.coordinates(GRID)
@@ -48,6 +49,14 @@ FIGURES = {
     ),
     "indiscriminative": lambda as_type, **options: figures.indiscriminative(
         IMAGE, as_type(IMPACT[:, 0]), GRID, **options
+    ),
+    "removal": lambda as_type, **options: figures.removal(
+        IMAGE,
+        as_type(ORDER),
+        as_type(1 / np.arange(2.0, 11.0).reshape(LAYERS, 3)),
+        GRID,
+        (0.25, 0.5, 0.75),
+        **options,
     ),
     "class_attention": lambda as_type, **options: figures.class_attention(
         IMAGE, as_type(ROWS), GRID, NAMES, **options
@@ -74,7 +83,9 @@ FIGURES = {
         **options,
     ),
 }
-LAYERED = [name for name in FIGURES if name != "principal_components"]
+# In "removal" a number follows the layer's name.
+UNLAYERED = ("principal_components", "removal")
+LAYERED = [name for name in FIGURES if name not in UNLAYERED]
 SOURCE = "DINOv2 ViT-S/14 · knockout, effect on the output · field of 90 % of the mass"
 
 
@@ -299,6 +310,20 @@ def test_indiscriminative_darkens_the_lowest():
     assert (dark[:6] > 0.5).all()
     assert (dark[6:] == 0).all()
     np.testing.assert_allclose(shown(measured).ravel(), values[0] / 12.5, rtol=1e-6)
+
+
+def test_removal_darkens_the_first_to_go_and_says_how_much_is_left():
+    figure = FIGURES["removal"](np.asarray, layer_names=[0, 3, 9])
+    panels = np.reshape(figure.axes, (3, LAYERS))
+    titles = [[panel.get_title() for panel in row] for row in panels]
+    assert titles[0] == ["layer 0: 0.500", "layer 3: 0.200", "layer 9: 0.125"]
+    assert titles[1] == ["0.333", "0.167", "0.111"]
+    for row, count in zip(panels, (6, 12, 18), strict=True):
+        for panel, order in zip(row, ORDER, strict=True):
+            dark = shown(panel)[..., 3].ravel()
+            np.testing.assert_array_equal(dark > 0.5, order <= count)
+    with pytest.raises(UsageError, match="cosine has the shape"):
+        figures.removal(IMAGE, ORDER, np.ones((3, 2)), GRID, (0.25, 0.5, 0.75))
 
 
 def test_telling_patches_have_the_largest_discriminability_and_keep_apart():

@@ -256,6 +256,11 @@ def keep_patches(scores: Float[Array, "B P"], count: int) -> Int[Array, "B kept"
     return jnp.sort(lax.top_k(scores, count)[1], axis=1)
 
 
+def num_kept(share: float, num_patches: int) -> int:
+    """Returns how many patches are left when a share of them is removed, at least 1."""
+    return max(1, num_patches - round(share * num_patches))
+
+
 def gather_patches(
     tokens: Float[Array, "B N D"],
     patches: Int[Array, "B kept"],

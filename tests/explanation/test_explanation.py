@@ -14,12 +14,16 @@ from tests.runs import small_winft
 from wf_vit import fields, figures, measure
 from wf_vit import indicators as matrices
 from wf_vit.errors import UsageError
-from wf_vit.explanation import images
+from wf_vit.explanation import draw, images
 from wf_vit.explanation.explanation import Explanation, source_of
 from wf_vit.explanation.measuring import Settings, explain_batch
 from wf_vit.models import parameters, pretrained
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.pretrained.preprocess import HALF, ImageFormat, Preprocess
+from wf_vit.selection import select_patches
+from wf_vit.selection.yardstick import run_to
+
+KEYS = jax.random.split(jax.random.key(0), 1)
 
 
 def test_the_arrays_are_what_the_library_computes(run, photographs):
@@ -107,13 +111,58 @@ def test_what_is_saved_is_loaded(run):
             jax.tree.map(same, first, second)
 
 
+@pytest.mark.parametrize("target", ["tokens", "class"])
+def test_what_the_model_can_do_without_is_found_and_kept(tmp_path, target):
+    found, loaded, images = explained(target, removal=True)
+    model, params = loaded.model, loaded.params
+    order, patches = found.removal.order, np.prod(model.grid)
+    assert found.removal.layers.tolist() == [0, 1]
+    _, full = model.apply({"params": params}, images)
+    for place, layer in enumerate((0, 1)):
+        chosen = select_patches(
+            model,
+            params,
+            images,
+            layer,
+            key=KEYS,
+            removed=0.75,
+            target="pooled" if target == "class" else target,
+        )
+        np.testing.assert_array_equal(order[place], chosen[0])
+        # Really cut in place of gathered out: the same for all that stay.
+        removed = round(0.75 * patches)
+        stays = np.flatnonzero(order[place] > removed)
+        tokens = run_to(params, images, model=model, layer=layer)
+        bias = np.where(order[place] > removed, 0.0, -np.inf)
+        bias = np.broadcast_to(bias, (1, 1, patches, patches))
+        tokens, _ = model.apply(
+            {"params": params},
+            tokens,
+            start=layer,
+            bias=[jnp.asarray(bias, jnp.float32)] * model.depth,
+            method="encode",
+        )
+        _, out = model.apply({"params": params}, tokens, method="readout")
+        pooled = out["tokens"][0, stays].mean(0)
+        cosine = jnp.vdot(pooled, full["pooled"][0]) / (
+            jnp.linalg.norm(pooled) * jnp.linalg.norm(full["pooled"][0])
+        )
+        np.testing.assert_allclose(found.removal.cosine[place, 2], cosine, atol=1e-4)
+    found.save_data(tmp_path)
+    jax.tree.map(
+        np.testing.assert_array_equal, Explanation.load(tmp_path).removal, found.removal
+    )
+    assert "removal" in draw.image_drawings(found)
+    assert "removal" not in draw.image_drawings(explained("tokens")[0])
+
+
 def test_a_file_of_an_earlier_version_is_an_error(tmp_path):
     np.savez(tmp_path / "data.npz", photograph=np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(UsageError, match=r"format 1, expected 3.*new --workdir"):
         Explanation.load(tmp_path)
 
 
-def explained(target, classes=5):
+def explained(target, classes=5, **others):
     """A classifier's explanation of some noise, by the effect on a logit."""
     model = small_winft(num_classes=classes, image_size=SIZE)
     params = random_params(model)
@@ -121,10 +170,8 @@ def explained(target, classes=5):
     names = tuple("abcdefghij"[:classes])
     loaded = Pretrained(model, params, Preprocess(SIZE, image_format), names)
     photograph = noise(*SIZE)[None]
-    settings = Settings(("propagated",), target=target)
-    (found,) = explain_batch(
-        loaded, photograph, settings, jax.random.split(jax.random.key(0), 1)
-    )
+    settings = Settings(("propagated",), target=target, **others)
+    (found,) = explain_batch(loaded, photograph, settings, KEYS)
     return found, loaded, jnp.asarray(loaded.preprocess.normalize(photograph))
 
 

@@ -1,4 +1,6 @@
-"""By what patches are ranked, and which of them are gathered out."""
+"""By what patches are ranked or merged, and which of them are gathered out."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +8,16 @@ import numpy as np
 import pytest
 
 from configs import verify as verify_config
-from wf_vit import interventions
+from tests.verify.conftest import noisy_params
+from wf_vit import interventions, selection
 from wf_vit.errors import UsageError
-from wf_vit.verify.patch_scores import EVIT, TOME, alike, patch_scores
+from wf_vit.models.vit import ViT
+from wf_vit.verify.patch_scores import EVIT, merge, patch_scores
 from wf_vit.verify.removal import (
     RULES,
+    TOME,
     Removal,
-    first_of_quarters,
-    num_kept,
+    merged_answer,
     removal,
 )
 from wf_vit.verify.subject import Answer
@@ -61,11 +65,45 @@ def test_evit_ranks_by_the_layer_before():
     np.testing.assert_allclose(found, received[[0, 0, 1]], rtol=1e-6)
 
 
-def test_the_likest_go_first_and_half_of_each_round_stays():
-    # Of 0, 2 and 4 the last is like 1; then 1 and 3 are left, and 3 stays.
+def test_the_likest_are_merged_first_and_each_patch_counts_once():
+    # Of 0, 2 and 4 the last is likest to its match, 1.
     angles = jnp.array([0.0, 1.0, 2.0, 2.5, 1.1])
     keys = jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1)[None]
-    np.testing.assert_array_equal(alike(keys)[0], [2, 3, 1, 5, 0])
+    tokens = jnp.array([[[1.0], [2.0], [4.0], [8.0], [16.0]]])
+    one = merge(tokens, keys, 4)
+    np.testing.assert_array_equal(one.patches[0], [0, 1, 2, 3])
+    np.testing.assert_allclose(one.tokens[0, :, 0], [1, 9, 4, 8])
+    np.testing.assert_array_equal(one.sizes[0], [1, 2, 1, 1])
+    np.testing.assert_array_equal(one.place[0], [0, 1, 2, 3, 1])
+    # Half of them at most in one round: then 0, 1 and 3 are left.
+    two = merge(tokens, keys, 2)
+    np.testing.assert_array_equal(two.sizes.sum(-1), [5])
+    whole = np.asarray(tokens[0, :, 0])
+    for cluster, patch in enumerate(two.patches[0].tolist()):
+        members = np.flatnonzero(two.place[0] == cluster)
+        assert patch in members
+        np.testing.assert_allclose(two.tokens[0, cluster, 0], whole[members].mean())
+    np.testing.assert_allclose(merge(tokens, keys, 1).tokens[0, 0, 0], whole.mean())
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_merging_what_is_equal_changes_nothing(pool):
+    model = ViT(4, (16, 16), (4, 4), 12, 2, 24, 3, cls_token=pool == "cls", pool=pool)
+    params = noisy_params(model)
+    prefix, rng = model.num_prefix_tokens, np.random.default_rng(0)
+    tokens = rng.normal(size=(2, model.num_tokens, 12)).astype(np.float32)
+    tokens[:, prefix + 1 :: 2] = tokens[:, prefix::2]
+    tokens = jnp.asarray(tokens)
+    variables = {"params": params}
+    whole, _ = model.apply(variables, tokens, method="encode")
+    logits, out = model.apply(variables, whole, method="readout")
+    answer, left = merged_answer(params, tokens, layer=0, count=8, model=model)
+    np.testing.assert_allclose(answer.logits, logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answer.pooled, out["pooled"], rtol=1e-4, atol=1e-4)
+    own = jnp.take_along_axis(out["tokens"][:, prefix:], left[..., None], axis=1)
+    np.testing.assert_allclose(answer.patches, own, rtol=1e-4, atol=1e-4)
+    fewer, _ = merged_answer(params, tokens, layer=0, count=4, model=model)
+    assert jnp.abs(fewer.logits - logits).max() > 1e-2
 
 
 def test_without_cls_attention_is_that_of_all_patches():
@@ -85,11 +123,7 @@ def test_an_indiscriminative_patch_matters_equally_to_all():
     assert scores["least impact"][0, 0].argmax() == 0
 
 
-def test_the_lowest_are_removed_and_answers_land_at_their_place():
-    scores = {
-        "up": dict.fromkeys((0, 2), jnp.tile(jnp.arange(5.0), (IMAGES, 1))),
-        "down": dict.fromkeys((0, 2), jnp.tile(-jnp.arange(5.0), (IMAGES, 1))),
-    }
+def test_answers_land_at_their_place():
     whole = Answer(
         logits=jnp.zeros((IMAGES, 2)),
         pooled=jnp.ones((IMAGES, 2)),
@@ -97,20 +131,23 @@ def test_the_lowest_are_removed_and_answers_land_at_their_place():
     )
     asked = []
 
-    def predict(layer, patches):
+    def without(first, layer, count):
+        patches = jnp.tile(
+            jnp.arange(5)[:count] if first else jnp.arange(5)[-count:], (IMAGES, 1)
+        )
         asked.append((layer, patches[0].tolist()))
-        right = layer == 2 and patches[0, 0] == 0
+        right = layer == 2 and first
         left = jnp.take_along_axis(whole.patches, patches[..., None], axis=1)
-        return Answer(
+        answer = Answer(
             logits=jnp.tile(jnp.array([1.0 - right, float(right)]), (IMAGES, 1)),
             pooled=whole.pooled,
             patches=left,
         )
+        return answer, patches
 
     found = removal(
-        predict,
+        {"last": partial(without, False), "first": partial(without, True)},
         whole,
-        scores,
         layers=(0, 2),
         shares=(0.4, 0.8),
         labels=jnp.ones(IMAGES, int),
@@ -181,13 +218,18 @@ def test_time_is_that_of_the_best_layer_of_the_first_measure(case, estimate):
 
 
 def test_first_layers_of_quarters():
-    assert first_of_quarters(12) == (0, 3, 6, 9)
-    assert first_of_quarters(6) == (0, 1, 3, 4)
-    assert first_of_quarters(2) == (0, 1)
+    assert selection.first_of_quarters(12) == (0, 3, 6, 9)
+    assert selection.first_of_quarters(6) == (0, 1, 3, 4)
+    assert selection.first_of_quarters(2) == (0, 1)
 
 
 def test_some_patch_always_stays():
-    assert [num_kept(share, 10) for share in (0.0, 0.25, 0.75, 1.0)] == [10, 8, 2, 1]
+    assert [interventions.num_kept(share, 10) for share in (0.0, 0.25, 0.75, 1.0)] == [
+        10,
+        8,
+        2,
+        1,
+    ]
 
 
 def test_gathering_keeps_the_prefix_and_the_order():

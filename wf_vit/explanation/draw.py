@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from wf_vit import figures, measure, page
-from wf_vit.explanation.explanation import Explanation
+from wf_vit.explanation.explanation import REMOVED, Explanation
 
 FIGURES = "figures"
 PAGE = "page.html"
@@ -83,6 +83,18 @@ def image_drawings(
             e.of_patches(c.effect),
             patch=first,
             unit="added to the logit",
+        )
+    if e.removal is not None:
+        r = e.removal
+        drawings["removal"] = partial(
+            figures.removal,
+            photograph,
+            r.order,
+            r.cosine,
+            e.grid,
+            REMOVED,
+            layer_names=r.layers.tolist(),
+            source=model,
         )
     if e.learned is not None:
         drawings["learned"] = of(

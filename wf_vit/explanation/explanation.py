@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -60,6 +60,10 @@ ARRAYS = {
     "components": "[P, 3]: first principal components of the final patch tokens, as "
     "colours",
     "relative_error": "[L]: standard error of the propagated impact, relative to it",
+    "removal/...": "if it was asked for, for the first layer of each quarter of the "
+    "model: layers, their numbers; order, [S, P], how late each patch is removed "
+    "before that layer, from 1, and P + 1 for those that stay; cosine, [S, 3], of what "
+    "the head reads then and in the full model, without 25, 50 and 75 % of the patches",
     "class/...": "if a class was asked for: its index, name and probability, and "
     "effect/..., [L, N, N]: what each interaction adds to its logit, coded like an "
     "impact, with a bit for each negative one in effect/negative",
@@ -67,6 +71,25 @@ ARRAYS = {
     "patches: centre (x, y) relative to the patch, and widths (standard deviations) in "
     "x and y",
 }
+
+
+# The shares of the patches that a `Removal` is measured at.
+REMOVED = (0.25, 0.5, 0.75)
+
+
+class Removal(NamedTuple):
+    """How well a model does without patches (`wf_vit.selection.select_patches`).
+
+    Attributes:
+      layers: before which they are removed.
+      order: how late each patch is removed, from 1; P + 1 for those that stay.
+      cosine: of what the head reads without the shares `REMOVED` of the patches, and
+        in the full model.
+    """
+
+    layers: Int[np.ndarray, " S"]
+    order: Int[np.ndarray, "S P"]
+    cosine: Float[np.ndarray, "S shares"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +146,7 @@ class Explanation:
     relative_error: Float[np.ndarray, " L"] | None = None
     class_effect: ClassEffect | None = None
     learned: Float[np.ndarray, "L H P 4"] | None = None
+    removal: Removal | None = None
 
     def patch_impact(self) -> Float[np.ndarray, "L P P"]:
         """Returns the main indicator's impact of patches on patches."""
@@ -164,6 +188,8 @@ class Explanation:
         for part in ("components", "relative_error", "learned"):
             if getattr(self, part) is not None:
                 arrays[part] = getattr(self, part)
+        if self.removal is not None:
+            arrays |= {f"removal/{k}": v for k, v in self.removal._asdict().items()}
         if self.class_effect is not None:
             c = self.class_effect
             for part in ("index", "name", "probability"):
@@ -203,6 +229,7 @@ class Explanation:
             members["mask"] = np.unpackbits(members["mask"], axis=-1, count=count) > 0
             return Field(**members)
 
+        removal = group("removal")
         prefix = tuple(arrays["prefix"].tolist())
         return cls(
             photograph=arrays["photograph"],
@@ -221,6 +248,7 @@ class Explanation:
             relative_error=arrays.get("relative_error"),
             class_effect=_class_effect(group("class"), len(prefix)),
             learned=arrays.get("learned"),
+            removal=Removal(**removal) if removal else None,
         )
 
 

@@ -12,11 +12,19 @@ from wf_vit import fields, figures, measure
 from wf_vit import indicators as matrices
 from wf_vit.arrays import takes_arrays
 from wf_vit.errors import UsageError
-from wf_vit.explanation.explanation import ClassEffect, Explanation
+from wf_vit.explanation.explanation import (
+    REMOVED,
+    ClassEffect,
+    Explanation,
+    Removal,
+)
 from wf_vit.grid import Grid, infer_grid
+from wf_vit.interventions import keep_patches, num_kept
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.selection import first_of_quarters, run_without, select_patches
+from wf_vit.selection.yardstick import run_to
 from wf_vit.shapes import Images, Keys
 
 CLASS = "class"
@@ -36,6 +44,7 @@ class Settings:
       heads: whether to measure every head on its own too. The heads of a window-free
         transformer, which have fields of their own, always are.
       mass: share of its impact that a patch's field holds.
+      removal: whether to find out which patches the model can do without.
 
     Raises:
       UsageError: there is no such indicator, or it cannot be had in these layers.
@@ -47,6 +56,7 @@ class Settings:
     layers: tuple[int, ...] | None = None
     heads: bool = False
     mass: float = 0.5
+    removal: bool = False
 
     def __post_init__(self):
         known, names = measure.INDICATORS, self.indicators
@@ -141,6 +151,9 @@ def explain_batch(
     stacked, tokens, logits = jax.device_get(
         (stacked, recording.tokens, recording.logits)
     )
+    removals = [None] * len(images)
+    if settings.removal:
+        removals = _removals(loaded, images, settings, keys, recording.pooled)
     explanations = []
     for b, photograph in enumerate(photographs):
         arrays = jax.tree.map(lambda x, b=b: x[:, b], stacked)
@@ -159,10 +172,51 @@ def explain_batch(
                 class_effect=None
                 if signed is None
                 else _class_effect(int(classes[b]), signed, logits[b], loaded),
+                removal=removals[b],
                 **arrays,
             )
         )
     return explanations
+
+
+def _removals(
+    loaded: Pretrained,
+    images: Images,
+    settings: Settings,
+    keys: Keys,
+    pooled: Float[Array, "B R"],
+) -> list[Removal]:
+    """Returns how well the model does without patches, for each image."""
+    model, params = loaded.model, loaded.params
+    layers = first_of_quarters(model.depth)
+    order, cosine = [], []
+    for layer in layers:
+        scores = select_patches(
+            model,
+            params,
+            images,
+            layer,
+            key=keys,
+            removed=max(REMOVED),
+            target="pooled" if settings.of_class else settings.target,
+        )
+        tokens = run_to(params, images, model=model, layer=layer)
+        order.append(scores)
+        for share in REMOVED:
+            patches = keep_patches(scores, num_kept(share, scores.shape[1]))
+            _, out = run_without(params, tokens, patches, model=model, layer=layer)
+            cosine.append(_cosine(np.asarray(out["pooled"]), np.asarray(pooled)))
+    order, cosine = np.stack(order, 1), np.stack(cosine, 1)
+    cosine = cosine.reshape(len(images), len(layers), len(REMOVED))
+    return [
+        Removal(np.array(layers), order[b].astype(np.int32), cosine[b])
+        for b in range(len(images))
+    ]
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return (a * b).sum(-1) / lengths
 
 
 @takes_arrays("attention")

@@ -38,6 +38,7 @@ def explain(
     heads: bool = False,
     mass: float = 0.5,
     num_probes: int = 16,
+    removal: bool = False,
     seed: int = 0,
     num_prefix_tokens: int | None = None,
     grid: Grid | None = None,
@@ -67,6 +68,9 @@ def explain(
       heads: whether to measure every head on its own too.
       mass: share of its impact that a patch's field holds.
       num_probes: of "propagated"; its cost is two forward passes each.
+      removal: whether to find out which patches the model can do without before the
+        first layer of each quarter (`selection.select_patches`), for a figure of it.
+        This takes many times as long as the rest.
       seed: of the probes.
       num_prefix_tokens: with attention only, where it is required: CLS and registers.
       grid: with attention only: rows and columns of patches, unless they are a square.
@@ -89,10 +93,11 @@ def explain(
         layers=None if layers is None else tuple(layers),
         heads=heads,
         mass=mass,
+        removal=removal,
     )
     if _is_attention(model):
         unused = {"target": target != "tokens", "image_size": image_size is not None}
-        unused |= {"layers": layers is not None}
+        unused |= {"layers": layers is not None, "removal": removal}
         if any(unused.values()):
             raise UsageError(
                 f"{', '.join(n for n, given in unused.items() if given)} needs a "

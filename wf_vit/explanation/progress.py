@@ -18,18 +18,23 @@ _LOG = logging.getLogger(__name__)
 # Share of the speed of plain matrix products that the measurement reaches, seconds to
 # compile and to draw, and memory in recordings: seen on two CPU cores.
 _EFFICIENCY, _COMPILATION, _DRAWING, _RECORDINGS = 0.5, 12.0, 4.0, 8
+# Forward passes that it takes to find out which patches can go, likewise.
+_REMOVAL = 200
 # Without a terminal: seconds between two lines.
 _LINE_EVERY = 20.0
 
 
-def passes(num_probes: int, *, propagated: bool, of_class: bool) -> int:
+def passes(
+    num_probes: int, *, propagated: bool, of_class: bool, removal: bool = False
+) -> int:
     """Returns how many forward passes a measurement is worth.
 
     A pass back to the residual stream, without gradients of parameters, counts as one.
     """
-    if not propagated:
-        return 1
-    return 3 if of_class else 1 + 2 * num_probes
+    count = 1
+    if propagated:
+        count += 2 if of_class else 2 * num_probes
+    return count + _REMOVAL * removal
 
 
 def operations(model: ViT) -> int:

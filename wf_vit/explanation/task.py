@@ -98,6 +98,7 @@ def _settings(config: ml_collections.ConfigDict) -> Settings:
         layers=tuple(config.layers) or None,
         heads=config.heads,
         mass=config.mass,
+        removal=config.removal,
     )
     if not config.weights or not config.images:
         raise UsageError(
@@ -198,6 +199,7 @@ def _announce(
         settings.num_probes,
         propagated="propagated" in settings.indicators,
         of_class=settings.of_class,
+        removal=settings.removal,
     )
     seconds, words = progress.expected(model, passes)
     _LOG.info(

@@ -28,7 +28,7 @@ from wf_vit.figures.learned import (
     learned_beside_measured,
     learned_fields,
 )
-from wf_vit.figures.maps import indiscriminative, interactions
+from wf_vit.figures.maps import indiscriminative, interactions, removal
 from wf_vit.figures.regions import field_size, responsive_fields, tendency
 from wf_vit.figures.style import COLUMN, PAGE, flow_colors, style
 from wf_vit.figures.tokens import (
@@ -56,6 +56,7 @@ __all__ = [
     "learned_beside_measured",
     "learned_fields",
     "principal_components",
+    "removal",
     "responsive_fields",
     "style",
     "telling_patches",

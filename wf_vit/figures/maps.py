@@ -1,16 +1,17 @@
-"""Interactions of one patch, and the patches whose influence depends on nobody."""
+"""Interactions of one patch, and the patches that a model can do without."""
 
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from wf_vit import grid as geometry
 from wf_vit.figures import choice, layout, scales
 from wf_vit.figures import panels as draw
 from wf_vit.figures.style import COLUMN, style
+from wf_vit.interventions import num_kept
 
 
 def interactions(
@@ -143,4 +144,67 @@ def indiscriminative(
             draw.photograph(lower, image, grid)
             draw.amounts(lower, of_layer, grid, legend)
         layout.legend_bars(figure, foot, [legend])
+    return figure
+
+
+def removal(
+    image: draw.Photograph,
+    order: Int[Any, "S P"],
+    cosine: Float[Any, "S shares"],
+    grid: geometry.Grid,
+    shares: Sequence[float],
+    *,
+    source: str = "",
+    layer_names: Sequence[int] | None = None,
+    width: float = COLUMN,
+) -> Figure:
+    """Darkens the patches that a model does without, and says how well it does.
+
+    Args:
+      image: the photograph.
+      order: how late each patch is removed before each of some layers, from 1
+        (`wf_vit.selection.select_patches`).
+      cosine: of what the head reads without them, and in the full model.
+      grid: ``(GH, GW)``.
+      shares: of the patches that are removed.
+      source: the model, drawn once at the foot.
+      layer_names: what the layers are called, by default 0 to S - 1.
+      width: of the figure, in inches.
+
+    Returns:
+      A figure with a row for each share and a column for each layer.
+
+    Raises:
+      UsageError: the order or the cosines do not fit.
+    """
+    image = draw.check_photograph(image)
+    order = choice.shaped("order", order, "S P", grid)
+    cosine = choice.shaped(
+        "cosine", cosine, "S shares", grid, S=len(order), shares=len(shares)
+    )
+    titles = choice.layer_titles(range(len(order)), len(order), layer_names)
+    blocks = [
+        layout.Block(
+            [
+                f"{f'{title}: ' if row == 0 else ''}{of_layer[row]:.3f}"
+                for title, of_layer in zip(titles, cosine, strict=True)
+            ],
+            (f"without {100 * share:.0f} %",),
+        )
+        for row, share in enumerate(shares)
+    ]
+    with style():
+        figure, rows, _ = layout.lay_out(
+            blocks,
+            grid,
+            width,
+            note="Dark: removed before the layer. Above: cosine of what the head reads "
+            "with that of the full model.",
+            source=source,
+        )
+        for panels, share in zip(rows, shares, strict=True):
+            removed = order.shape[1] - num_kept(share, order.shape[1])
+            for panel, of_layer in zip(panels[0], order, strict=True):
+                draw.photograph(panel, image, grid)
+                draw.dim(panel, (of_layer > removed).astype(float), grid, 0.85)
     return figure

@@ -13,6 +13,10 @@ later ones make up for them. docs/selection.md derives them.
 """
 
 from wf_vit.selection.interactions import select_interactions
-from wf_vit.selection.patches import select_patches
+from wf_vit.selection.patches import (
+    first_of_quarters,
+    run_without,
+    select_patches,
+)
 
-__all__ = ["select_interactions", "select_patches"]
+__all__ = ["first_of_quarters", "run_without", "select_interactions", "select_patches"]

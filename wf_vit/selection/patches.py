@@ -1,6 +1,7 @@
 """The choice of patches that later layers can do without."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wf_vit.errors import UsageError
 from wf_vit.indicators.arithmetic import einsum
+from wf_vit.interventions import gather_patches
 from wf_vit.models.parameters import output_projection
 from wf_vit.models.vit import ViT
 from wf_vit.selection.yardstick import Yardstick, run_to, yardstick
-from wf_vit.shapes import Images, Keys, Params, Tokens
+from wf_vit.shapes import Images, Keys, Logits, Params, Tokens
 
 # In how many steps all patches are removed; before each the model is run again.
 _STEPS = 32
@@ -98,6 +100,40 @@ def select_patches(
         )
         first += len(step)
     return ranks[:, prefix:].astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layer"))
+def run_without(
+    params: Params,
+    tokens: Tokens,
+    patches: Int[Array, "B kept"],
+    *,
+    model: ViT,
+    layer: int,
+) -> tuple[Logits, dict[str, Any]]:
+    """Runs the layers from one on with some of the patches only, a shorter sequence.
+
+    Args:
+      params: the model's.
+      tokens: the residual stream of all patches before the layer.
+      patches: those that stay, as `interventions.keep_patches` returns them.
+      model: a ViT or a window-free transformer.
+      layer: the first one without the others.
+
+    Returns:
+      Logits and ``tokens`` and ``pooled``, as ``ViT.readout`` does.
+    """
+    variables = {"params": params}
+    tokens = gather_patches(tokens, patches, num_prefix_tokens=model.num_prefix_tokens)
+    tokens, _ = model.apply(
+        variables, tokens, start=layer, patches=patches, method="encode"
+    )
+    return model.apply(variables, tokens, method="readout")
+
+
+def first_of_quarters(depth: int) -> tuple[int, ...]:
+    """Returns the first layer of each quarter of a model's layers, each once."""
+    return tuple(sorted({quarter * depth // 4 for quarter in range(4)}))
 
 
 def _is_mean(model: ViT) -> bool:

@@ -1,11 +1,12 @@
-"""What patches are ranked by before they are removed, one at a time."""
+"""What others rank patches by before they are removed, or merge them by."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 from jaxtyping import Key as KeyArray
 
 from wf_vit.fields import discriminability
@@ -13,7 +14,7 @@ from wf_vit.indicators.arithmetic import einsum
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Params, Tokens
 
-EVIT, TOME = "CLS attention, as EViT", "most alike, as ToMe"
+EVIT = "CLS attention, as EViT"
 
 
 def patch_scores(
@@ -80,21 +81,61 @@ def layer_keys(
     return keys.mean(2)[:, model.num_prefix_tokens :].astype(jnp.float32)
 
 
-@jax.jit
-def alike(keys: Float[Array, "B P K"]) -> Float[Array, "B P"]:
-    """Ranks patches by how unlike their keys are, in the order in which ToMe merges.
+class Merged(NamedTuple):
+    """Patches of which some stand for several.
 
-    Every other patch is matched with the likest of the rest by the cosine of the keys
-    (arXiv 2210.09461); the likest go first. Then the same with the rest, until one is
-    left. Here a patch is removed, where ToMe averages it with its match.
+    Attributes:
+      tokens: the means of those that each stands for.
+      patches: which patches are left, in the order of the grid.
+      sizes: for how many each stands.
+      place: at which of those that are left each patch is now.
     """
-    keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    score = jnp.full(keys.shape[:2], float(keys.shape[1]))
-    places, first = np.arange(keys.shape[1]), 0
-    while len(places) > 1:
-        gone, rest = places[::2], places[1::2]
-        likeness = einsum("bik,bjk->bij", keys[:, gone], keys[:, rest]).max(-1)
-        ranks = jnp.argsort(jnp.argsort(-likeness, axis=-1), axis=-1)
-        score = score.at[:, gone].set(first + ranks.astype(jnp.float32))
-        places, first = rest, first + len(gone)
-    return score
+
+    tokens: Float[Array, "B kept D"]
+    patches: Int[Array, "B kept"]
+    sizes: Float[Array, "B kept"]
+    place: Int[Array, "B P"]
+
+
+@partial(jax.jit, static_argnames="count")
+def merge(
+    tokens: Float[Array, "B P D"], keys: Float[Array, "B P K"], count: int
+) -> Merged:
+    """Merges patches with like keys until only some are left (ToMe, arXiv 2210.09461).
+
+    Every other patch is matched with the likest of the rest by the cosine of the keys.
+    The likest pairs become their mean, in which each patch counts once, at most half
+    of the patches at a time. ToMe spreads this over the layers; here it is done at
+    once, so that it has as many tokens in each layer as what it is compared with.
+
+    Args:
+      tokens: of the patches.
+      keys: of the same, mean over heads.
+      count: how many are left, at least 1.
+    """
+
+    def of_image(tokens, keys):
+        sizes = jnp.ones(len(tokens))
+        patches = place = jnp.arange(len(tokens))
+        while len(tokens) > count:
+            number = len(tokens)
+            fewer = min(number // 2, number - count)
+            unit = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+            likeness = einsum("ik,jk->ij", unit[::2], unit[1::2])
+            _, gone = lax.top_k(likeness.max(-1), fewer)
+            match = 2 * likeness.argmax(-1)[gone] + 1
+            into = jnp.arange(number).at[2 * gone].set(match)
+            total = jnp.zeros(number).at[into].add(sizes)
+
+            def mean(x, into=into, sizes=sizes, total=total):
+                summed = jnp.zeros_like(x).at[into].add(x * sizes[:, None])
+                return summed / jnp.where(total > 0, total, 1.0)[:, None]
+
+            stays = into == jnp.arange(number)
+            place = (jnp.cumsum(stays) - 1)[into[place]]
+            (left,) = jnp.nonzero(stays, size=number - fewer)
+            tokens, keys = mean(tokens)[left], mean(keys)[left]
+            sizes, patches = total[left], patches[left]
+        return Merged(tokens, patches, sizes, place)
+
+    return jax.vmap(of_image)(tokens, keys)

@@ -2,7 +2,7 @@
 
 From some layer on their tokens are gathered out, so that the sequence is shorter. What
 is left of the model's answer is compared with what other choices of as many patches
-leave.
+leave, and with as many merged ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,17 +11,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
 from wf_vit.errors import UsageError
 from wf_vit.figures import evidence
-from wf_vit.interventions import gather_patches, keep_patches
+from wf_vit.interventions import gather_patches, keep_patches, num_kept
 from wf_vit.models.vit import ViT
-from wf_vit.selection import select_patches
+from wf_vit.selection import first_of_quarters, run_without, select_patches
 from wf_vit.shapes import Images, Labels, Logits, Params, Tokens
 from wf_vit.verify import cost, report
-from wf_vit.verify.patch_scores import EVIT, TOME, alike, layer_keys, patch_scores
+from wf_vit.verify.patch_scores import EVIT, layer_keys, merge, patch_scores
 from wf_vit.verify.subject import (
     Answer,
     Case,
@@ -37,9 +37,10 @@ from wf_vit.verify.subject import (
 )
 
 # What is put to the test first, then scores of single cuts that it is to improve on,
-# then the controls. Each removes what it scores lowest.
+# then the controls. Each removes what it scores lowest, but for one, which merges.
 OWN = ("chosen together",)
 SINGLE = ("least discriminative", "least impact")
+TOME = "merged by likeness, as ToMe"
 CONTROLS = (
     "least attended",
     EVIT,
@@ -79,13 +80,9 @@ class Removal:
         model, params = case.subject.model, case.subject.params
         before = streams(params, case.images, layers=self._layers, model=model)
 
-        def predict(layer, patches):
-            return _gathered(params, before[layer], patches, layer=layer, model=model)
-
-        by_score = patch_scores(case.attention, case.impact, case.image_keys)
-        scores = {rule: {} for rule in RULES}
-        for layer in self._layers:
-            scores[OWN[0]][layer] = select_patches(
+        scores = patch_scores(case.attention, case.impact, case.image_keys)
+        scores[OWN[0]] = {
+            layer: select_patches(
                 model,
                 params,
                 case.images,
@@ -95,14 +92,23 @@ class Removal:
                 target=case.subject.target,
                 num_probes=case.subject.num_probes,
             )
-            keys = layer_keys(params, before[layer], layer=layer, model=model)
-            scores[TOME][layer] = alike(keys)
-            for rule, score in by_score.items():
-                scores[rule][layer] = score[layer]
+            for layer in self._layers
+        }
+
+        def gathered(score, layer, left):
+            patches = keep_patches(score[layer], left)
+            out = run_without(params, before[layer], patches, model=model, layer=layer)
+            return answer_of(model, *out), patches
+
+        def merged(layer, left):
+            tokens = before[layer]
+            return merged_answer(params, tokens, layer=layer, count=left, model=model)
+
+        without = {rule: partial(gathered, score) for rule, score in scores.items()}
+        without[TOME] = merged
         return removal(
-            predict,
+            {rule: without[rule] for rule in RULES},
             case.whole,
-            scores,
             layers=self._layers,
             shares=self._shares,
             labels=case.labels,
@@ -235,11 +241,6 @@ class Removal:
         return times
 
 
-def first_of_quarters(depth: int) -> tuple[int, ...]:
-    """Returns the first layer of each quarter of a model's layers, each once."""
-    return tuple(sorted({quarter * depth // 4 for quarter in range(4)}))
-
-
 def _timed_layer(summary: Summary) -> int:
     return summary["best_layer"][report.measured(summary)[0]][OWN[0]]
 
@@ -254,30 +255,47 @@ def _time_table(by_batch: Mapping[str, Mapping[str, float]], layer: int) -> str:
     return report.markdown([head, *map(report.percent, by_share)], lines)
 
 
-@partial(jax.jit, static_argnames=("layer", "model"))
-def _gathered(
-    params: Params,
-    tokens: Tokens,
-    patches: Int[Array, "B kept"],
-    *,
-    layer: int,
-    model: ViT,
-) -> Answer:
-    """Returns the answer when from a layer on only some patches are there.
+@partial(jax.jit, static_argnames=("layer", "count", "model"))
+def merged_answer(
+    params: Params, tokens: Tokens, *, layer: int, count: int, model: ViT
+) -> tuple[Answer, Int[Array, "B kept"]]:
+    """Returns the answer when from a layer on there are fewer, merged patches.
+
+    As in ToMe a merged patch has as much attention as those that it stands for would
+    have, and as much weight in a mean. A head that pools by attention sees it once.
 
     Args:
       params: the model's.
       tokens: the residual stream of all patches before the layer.
-      patches: those that stay.
-      layer: the first one without the others.
+      layer: the first one with merged patches.
+      count: how many there are.
       model: the model.
+
+    Returns:
+      The answer, and which patches are left.
     """
-    variables = {"params": params}
-    tokens = gather_patches(tokens, patches, num_prefix_tokens=model.num_prefix_tokens)
+    variables, prefix = {"params": params}, model.num_prefix_tokens
+    keys = layer_keys(params, tokens, layer=layer, model=model)
+    left = merge(tokens[:, prefix:], keys, count)
+    tokens = jnp.concatenate([tokens[:, :prefix], left.tokens], axis=1)
+    sizes = jnp.pad(jnp.log(left.sizes), [(0, 0), (prefix, 0)])
+    bias = jnp.broadcast_to(sizes[:, None, None], (len(sizes), 1, *2 * sizes.shape[1:]))
     tokens, _ = model.apply(
-        variables, tokens, start=layer, patches=patches, method="encode"
+        variables,
+        tokens,
+        start=layer,
+        patches=left.patches,
+        bias=[bias] * model.depth,
+        method="encode",
     )
-    return answer_of(model, *model.apply(variables, tokens, method="readout"))
+    if model.pool in ("mean", "cls_mean"):
+        # Each patch where it was merged to.
+        tokens = gather_patches(tokens, left.place, num_prefix_tokens=prefix)
+    answer = answer_of(model, *model.apply(variables, tokens, method="readout"))
+    if model.pool in ("mean", "cls_mean"):
+        own = jnp.take_along_axis(answer.patches, left.patches[..., None], axis=1)
+        answer = answer._replace(patches=own)
+    return answer, left.patches
 
 
 @partial(jax.jit, static_argnames=("layer", "model"))
@@ -291,46 +309,41 @@ def _shortened(
 ) -> Logits:
     """Returns the logits when from a layer on only some patches are there."""
     tokens = streams(params, images, layers=(layer,), model=model)[layer]
-    return _gathered(params, tokens, patches, layer=layer, model=model).logits
-
-
-def num_kept(share: float, num_patches: int) -> int:
-    """Returns how many patches are left when a share of them is removed, at least 1."""
-    return max(1, num_patches - round(share * num_patches))
+    return run_without(params, tokens, patches, model=model, layer=layer)[0]
 
 
 def removal(
-    predict: Callable[[int, Int[Array, "B kept"]], Answer],
+    without: Mapping[str, Callable[[int, int], tuple[Answer, Int[Array, "B kept"]]]],
     whole: Answer,
-    scores: Mapping[str, Mapping[int, Float[Array, "B P"]]],
     *,
     layers: Sequence[int],
     shares: Sequence[float],
     labels: Labels | None,
 ) -> Outcomes:
-    """Removes what each rule scores lowest, and asks the model again.
+    """Asks the model again with fewer patches, by each rule.
 
     Args:
-      predict: the model's answer when from a layer on only some patches are there.
+      without: for each rule the model's answer when from a layer on there are so many
+        patches, and which of them are left.
       whole: its answer when all are.
-      scores: of the patches before each of the layers, by rule.
       layers: before which patches are removed.
       shares: of the patches that are removed.
       labels: the true classes, or None if the model does not know them.
 
     Returns:
       The measures of ``agreement`` for each image, layer, rule and share:
-      ``[B, len(layers), len(scores), len(shares)]``.
+      ``[B, len(layers), len(without), len(shares)]``.
     """
+    patches = whole.patches.shape[1]
 
-    def outcome(layer, score, share):
-        patches = keep_patches(score[layer], num_kept(share, score[layer].shape[-1]))
-        return agreement(predict(layer, patches), whole, labels, patches)
+    def outcome(layer, rule, share):
+        answer, left = without[rule](layer, num_kept(share, patches))
+        return agreement(answer, whole, labels, left)
 
     outcomes = [
-        outcome(layer, score, share)
+        outcome(layer, rule, share)
         for layer in layers
-        for score in scores.values()
+        for rule in without
         for share in shares
     ]
-    return stacked(outcomes, (len(layers), len(scores), len(shares)))
+    return stacked(outcomes, (len(layers), len(without), len(shares)))
