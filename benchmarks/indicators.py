@@ -5,7 +5,7 @@
 Weights are random: no cost here depends on them. Everything that is compared is
 run turn by turn in one process, and ratios are medians over the turns, so that
 other work on the machine slows both sides alike. PyTorch is measured where it is
-installed. Prints the results and writes OUTPUT.json. Takes three minutes on two cores.
+installed. Prints the results and writes OUTPUT.json. Takes six minutes on two cores.
 """
 
 import json
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,14 +205,16 @@ def compare_with_forward(turns: int) -> dict[str, dict[str, float]]:
     }
 
 
-def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
-    """Indicator and forward pass of a whole ViT-S/14, all layers of one image."""
+def compare_propagated_with_forward(
+    variant: str, image_size: int, turns: int
+) -> dict[str, Any]:
+    """Indicator and forward pass of a whole ViT, all layers of one image."""
     model = registry.create_model(
-        registry.ModelConfig(name="vit", variant="S/14"),
+        registry.ModelConfig(name="vit", variant=variant),
         num_classes=0,
-        image_size=224,
+        image_size=image_size,
     ).clone(dtype=jnp.float32, cls_token=True)
-    images = jax.random.normal(jax.random.key(0), (1, 224, 224, 3))
+    images = jax.random.normal(jax.random.key(0), (1, *model.image_size, 3))
     params = model.init(jax.random.key(1), images)["params"]
 
     def propagate(num_probes):
@@ -227,18 +229,23 @@ def compare_propagated_with_forward(turns: int) -> dict[str, dict[str, float]]:
         return knockout.impact
 
     plain = jax.jit(lambda images: model.apply({"params": params}, images)[0])
-    seconds = take_turns(
-        {
-            "forward": partial(plain, images),
-            **{f"{count} probes": partial(propagate, count) for count in PROBES},
-        },
-        turns,
-    )
+    functions = {
+        "forward": partial(plain, images),
+        **{f"{count} probes": partial(propagate, count) for count in PROBES},
+    }
+    seconds = take_turns(functions, turns)
+    cpu_seconds = take_turns(functions, turns, time.process_time)
     return {
         "interactions": model.depth * (model.grid[0] * model.grid[1]) ** 2,
-        "milliseconds": {n: 1e3 * float(np.median(s)) for n, s in seconds.items()},
-        "of_forward": {
-            n: float(np.median(s / seconds["forward"])) for n, s in seconds.items()
+        **{
+            name: {
+                "milliseconds": 1e3 * float(np.median(seconds[name])),
+                "of_forward": float(np.median(seconds[name] / seconds["forward"])),
+                "cpu_of_forward": float(
+                    np.median(cpu_seconds[name] / cpu_seconds["forward"])
+                ),
+            }
+            for name in functions
         },
     }
 
@@ -330,7 +337,15 @@ def main(argv: list[str]) -> None:
         "brute_force": compare_with_brute_force(_TURNS.value),
         "forward": compare_with_forward(_TURNS.value),
         "forward_images": IMAGES,
-        "propagated": compare_propagated_with_forward(_TURNS.value),
+        "propagated": {
+            f"ViT-{variant} at {size}": compare_propagated_with_forward(
+                variant, size, turns
+            )
+            for variant, size, turns in (
+                ("S/14", 224, _TURNS.value),
+                ("B/16", 384, min(_TURNS.value, 3)),
+            )
+        },
         "peers": compare_with_peers(_TURNS.value),
         "peak_gib": {function: peak_memory(function) for function in FUNCTIONS},
     }

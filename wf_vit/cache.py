@@ -19,9 +19,9 @@ _LOG = logging.getLogger(__name__)
 _LIMITS = {
     # In bytes: beyond it, the programs go first that were not used for longest.
     "jax_compilation_cache_max_size": 2**30,
-    # What compiles faster is not kept. JAX's own value is 1 s; but a task has many
-    # small programs, each of which is read in a tenth of the time that it compiles in.
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    # Everything is kept. JAX's own value is 1 s; but a task has many small programs,
+    # each of which is read in a tenth of the time that it compiles in.
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
 }
 
 

@@ -89,6 +89,22 @@ def forward(
     )
 
 
+def no_perturbations(
+    model: ViT, count: int
+) -> dict[str, dict[str, Float[Array, "B N D"]]]:
+    """Returns zeros to be added to the residual stream after each layer's attention.
+
+    The gradient with respect to them is that with respect to the stream. They are the
+    module's variables "perturbations", known without tracing it.
+
+    Args:
+      model: the model.
+      count: of images.
+    """
+    zeros = jnp.zeros((count, model.num_tokens, model.width), model.dtype)
+    return {f"blocks_{n}": {"after_attention": zeros} for n in range(model.depth)}
+
+
 def linearize(
     model: ViT,
     layers: tuple[int, ...],
@@ -109,8 +125,7 @@ def linearize(
       What ``read`` makes of the outputs; the function that maps its cotangent to the
       gradients right after the attention of each layer; and the recording.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["perturbations"]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = no_perturbations(model, len(images))
     names = [f"blocks_{layer}" for layer in layers]
 
     def run(perturbed):

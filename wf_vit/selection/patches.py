@@ -13,6 +13,7 @@ from wf_vit.errors import UsageError
 from wf_vit.indicators.arithmetic import einsum
 from wf_vit.interventions import gather_patches
 from wf_vit.models.parameters import output_projection
+from wf_vit.models.recording import no_perturbations
 from wf_vit.models.vit import ViT
 from wf_vit.selection.yardstick import Yardstick, run_to, yardstick
 from wf_vit.shapes import Images, Keys, Logits, Params, Tokens
@@ -193,9 +194,6 @@ def _remove(
     there = (ranks == 0) | (ranks > patches)
     bias = jnp.where(there, 0.0, -jnp.inf)[:, None, None]
     bias = jnp.broadcast_to(bias, (len(there), 1, *2 * there.shape[1:]))
-    shape = (len(tokens), *model.image_size, 3)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["perturbations"])
 
     def run(perturbations):
         """Returns half the squared distance of the output to the full model's."""
@@ -217,7 +215,9 @@ def _remove(
         distance = output - goal
         return jnp.square(distance).sum() / 2, (out["records"], final, distance)
 
-    gradient, (records, final, distance) = jax.grad(run, has_aux=True)(zeros)
+    gradient, (records, final, distance) = jax.grad(run, has_aux=True)(
+        no_perturbations(model, len(tokens))
+    )
     kernel = output_projection(model, params).scaled
     layers = range(layer, model.depth)
 
