@@ -36,8 +36,8 @@ from ml_collections import config_flags
 
 from benchmarks import sweep
 from wf_vit.errors import UsageError
-from wf_vit.models import registry
 from wf_vit.models.pretrained.runs import DIRECTORY
+from wf_vit.models.windowfree import FieldViT
 from wf_vit.workdir import replacing
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
@@ -154,7 +154,7 @@ def run_variant(
         print(f"{name}  epoch {row['epoch']}  {top1} %  {speed:.0f} images/s")
     if name in SAVED:
         runs.save_run(folder / "runs" / name)
-    fielded = isinstance(runs.training.model, registry.FIELD_MODELS)
+    fielded = isinstance(runs.training.model, FieldViT)
     hard = [runs.hard(threshold) for threshold in HARD if fielded]
     # The first window holds the compilation.
     speeds = [row["train_images_per_second"] for row in rows[1:] or rows]

@@ -7,9 +7,12 @@ import pytest
 
 from wf_vit import grid as geometry
 from wf_vit.errors import UsageError
+from wf_vit.models import registry
 from wf_vit.models.attention import DROPPED
+from wf_vit.models.controls import StaticFieldViT
 from wf_vit.models.learned_fields import gaussians_of, make_fields, raw_width
-from wf_vit.models.windowfree import FieldConfig, PredictedFields
+from wf_vit.models.vit import ViT
+from wf_vit.models.windowfree import FieldConfig, PredictedFields, WindowFreeViT
 
 GRID = (3, 5)
 
@@ -213,3 +216,70 @@ def check_report(got, attention, kept):
         np.testing.assert_allclose(
             got[image, token, head], expected, rtol=1e-4, atol=1e-5
         )
+
+
+SIZES = {
+    "num_classes": 3,
+    "image_size": (16, 24),
+    "patch_size": (4, 4),
+    "width": 12,
+    "depth": 2,
+    "mlp_dim": 24,
+    "num_heads": 2,
+    "cls_token": False,
+    "pool": "mean",
+    "positions": "sincos",
+}
+
+
+@pytest.mark.parametrize("model_class", [WindowFreeViT, StaticFieldViT])
+def test_fields_scale_with_the_grid(model_class):
+    """Of an image of one colour, whose patches differ by nothing but their place."""
+    model = model_class(**SIZES)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 24, 3)))["params"]
+    finer = model.at_size((32, 48))
+    assert finer.trained_patches == 24
+    assert finer.at_size((64, 96)).trained_patches == 24
+    found = [
+        m.apply({"params": params}, jnp.ones((1, *m.image_size, 3)))[1]["fields"][0]
+        for m in (model, finer)
+    ]
+    small, large = (fields.gaussians[0, :, 0] for fields in found)
+    np.testing.assert_allclose(large, 2 * small, rtol=1e-5)
+    # Where it was trained, and on as many patches, nothing is scaled.
+    for same in (finer.at_size((16, 24)), finer.at_size((24, 16))):
+        fields = same.apply({"params": params}, jnp.ones((1, *same.image_size, 3)))[1]
+        np.testing.assert_allclose(fields["fields"][0].gaussians[0, :, 0], small)
+
+
+def test_reports_are_in_units_of_the_grid_that_fields_were_learned_on():
+    """What is spread over the whole grid is reported alike, coarse or fine."""
+
+    def report(side, scale):
+        grid = (side, side)
+        gaussians = jnp.ones((1, 1, side**2, 4))
+        fields = make_fields(gaussians, grid=grid, scale=scale)
+        place = geometry.coordinates(grid) - (side - 1) / 2
+        square = (place**2).mean(0)
+        moments = jnp.asarray([*square, 0.0, 0.0, 1.0], jnp.float32)
+        return fields.report(jnp.broadcast_to(moments, (1, 1, side**2, 5)))[0, 0]
+
+    coarse, fine = report(16, 1.0), report(32, 2.0)
+    np.testing.assert_allclose(fine[0, 2:], coarse[0, 2:], atol=0.01)
+    np.testing.assert_allclose(fine[0, :2], coarse[0, :2], rtol=0.05)
+    assert report(32, 1.0)[0, 2] - fine[0, 2] > 1.3
+
+
+def test_the_trained_grid_is_part_of_the_model():
+    model = WindowFreeViT(**SIZES).at_size((32, 48))
+    options = registry.to_json(model)
+    assert registry.from_json(options) == model
+    # A run of before it was kept.
+    del options["trained_patches"]
+    assert registry.from_json(options).trained_patches is None
+    with pytest.raises(UsageError, match="trained_patches is 0"):
+        registry.from_json(options | {"trained_patches": 0})
+    plain = registry.rebuild(model, registry.ModelConfig("vit", dtype="float32"))
+    assert type(plain) is ViT
+    kept = registry.rebuild(model, registry.ModelConfig("windowfree", dtype="float32"))
+    assert kept.trained_patches == 24

@@ -26,6 +26,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.learned_fields import gaussians_of, make_fields
 from wf_vit.models.registry import ModelConfig
+from wf_vit.models.windowfree import FieldViT
 from wf_vit.train import guidance as guiding
 from wf_vit.train.config import resolve
 from wf_vit.train.teacher import Teacher
@@ -279,7 +280,7 @@ def test_models_with_guidable_fields_are_those_listed():
         _, out = jax.eval_shape(
             lambda x, m=model: m.init_with_output(jax.random.key(0), x)[0], images
         )
-        assert bool(out["fields"]) == isinstance(model, registry.FIELD_MODELS)
+        assert bool(out["fields"]) == isinstance(model, FieldViT)
 
 
 @pytest.mark.parametrize(("area_weight", "sign"), [(0.5, -1), (1.0, 0), (2.0, 1)])

@@ -65,6 +65,10 @@ ATTRIBUTES = {
     ),
     "representation_tanh": Setting(True, "a tanh between pooling and head"),
     "remat": Setting(False, "whether activations are computed again"),
+    # Of models with learned fields.
+    "trained_patches": Setting(
+        None, "patches in training", kind=int, low=1, high=MOST_PATCHES
+    ),
 }
 
 
@@ -75,7 +79,7 @@ def check(model: Any) -> None:
       UsageError: an attribute is out of its range, or they contradict one another;
         the message says which.
     """
-    attributes = {name: getattr(model, name) for name in ATTRIBUTES}
+    attributes = {n: getattr(model, n, s.default) for n, s in ATTRIBUTES.items()}
     settings.check(ATTRIBUTES, attributes, "model")
     sides = zip(("height", "width"), model.image_size, model.patch_size, strict=True)
     count = 1

@@ -23,7 +23,7 @@ from wf_vit import grid as geometry
 from wf_vit.models.attention import DROPPED
 from wf_vit.models.learned_fields import LearnedFields, gaussians_of, make_fields
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import FieldConfig, FieldModule
+from wf_vit.models.windowfree import FieldConfig, FieldModule, FieldViT
 
 
 @struct.dataclass
@@ -145,10 +145,11 @@ class StaticFields(FieldModule):
             batch, count = 1, self.grid[0] * self.grid[1]
         else:
             batch, count = patches.shape
-        gaussians = gaussians_of(raw)[None, :, None]
+        gaussians = self.scale * gaussians_of(raw)[None, :, None]
         fields = make_fields(
             jnp.broadcast_to(gaussians, (batch, self.num_heads, count, 4)),
             grid=self.grid,
+            scale=self.scale,
             threshold=self.config.threshold,
             patches=patches,
         )
@@ -166,10 +167,10 @@ class RelativeBiasViT(ViT):
 
 
 class _LocalViT(ViT):
-    """A ViT with a notion of locality.
+    """A ViT with a notion of locality that it does not learn.
 
     Attributes:
-      fields: ``extents`` say how local the heads are, at least at first.
+      fields: ``extents`` say how local the heads are.
     """
 
     fields: FieldConfig = FieldConfig()
@@ -177,7 +178,7 @@ class _LocalViT(ViT):
     kind = FieldModule
 
     def field_for_layer(self, layer: int):
-        """Returns the maker of a layer's bias, or of its fields."""
+        """Returns the maker of a layer's bias."""
         return functools.partial(
             self.kind, grid=self.grid, config=self.fields, layer=layer
         )
@@ -195,7 +196,7 @@ class GrowingWindowViT(_LocalViT):
     kind = WindowBias
 
 
-class StaticFieldViT(_LocalViT):
+class StaticFieldViT(FieldViT):
     """A ViT with fields that each layer and head learns, and no patch predicts."""
 
     kind = StaticFields

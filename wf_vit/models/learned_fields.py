@@ -50,6 +50,8 @@ class LearnedFields:
       log_columns: log membership of every grid column, likewise [B, H, P, GW].
       patches: which patches of the grid these are, and so are the keys, [B, P]; None
         for all of them in their order.
+      scale: how many times as fine the grid is as the one that the fields were learned
+        on, along a side.
       threshold: keys with a membership below it are dropped; 0 drops none.
     """
 
@@ -57,6 +59,7 @@ class LearnedFields:
     log_rows: Any
     log_columns: Any
     patches: Any = None
+    scale: float = struct.field(pytree_node=False, default=1.0)
     threshold: float = struct.field(pytree_node=False, default=0.0)
     is_learned_field = True
 
@@ -133,15 +136,16 @@ class LearnedFields:
 
         The displacement ``(x, y)`` of the mean place that it attends to, in standard
         deviations of the grid's positions, and the log of the variance around it in x
-        and in y, in patches^2. Prefix tokens have no place: as keys they are left out,
-        as queries they are in the middle.
+        and in y, in patches^2 of the grid that the fields were learned on. Prefix
+        tokens have no place: as keys they are left out, as queries they are in the
+        middle.
 
         Args:
           moments: of `attend`, prefix tokens first.
         """
         moments = moments[..., :4] / jnp.maximum(moments[..., 4:], 1e-6)
         square, mean = moments[..., :2], moments[..., 2:]
-        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        variance = jnp.maximum(square - jnp.square(mean), 0.0) / self.scale**2
         unit = np.std(geometry.coordinates(self._grid), axis=0).clip(min=0.1)
         own = self._places(moments.shape[2])[:, None, :, 2:4]
         apart = (mean - own) / jnp.asarray(unit, jnp.float32)[None, None, None]
@@ -234,6 +238,7 @@ def make_fields(
     gaussians: Float[Array, "B H P 4"],
     *,
     grid: geometry.Grid,
+    scale: float = 1.0,
     threshold: float = 0.0,
     patches: Int[Array, "B P"] | None = None,
 ) -> LearnedFields:
@@ -243,6 +248,7 @@ def make_fields(
       gaussians: centre ``(x, y)`` relative to each patch and widths ``(sx, sy)``, in
         patches.
       grid: ``(GH, GW)``.
+      scale: as in ``LearnedFields``; the Gaussians are already scaled.
       threshold: keys with a membership below it are dropped, but never the patch
         itself; 0 drops none.
       patches: which patches of the grid the fields are of; None for all of them.
@@ -265,6 +271,7 @@ def make_fields(
         log_rows=profile(grid[0], 1),
         log_columns=profile(grid[1], 0),
         patches=patches,
+        scale=scale,
         threshold=threshold,
     )
 

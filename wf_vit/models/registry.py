@@ -20,7 +20,7 @@ from wf_vit.models.attention import FIELD_NAMES, REPORT
 from wf_vit.models.checks import ATTRIBUTES
 from wf_vit.models.positions import Rotary
 from wf_vit.models.vit import ViT
-from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
+from wf_vit.models.windowfree import FieldConfig, FieldViT, WindowFreeViT
 from wf_vit.settings import setting
 from wf_vit.shapes import Params
 
@@ -35,9 +35,6 @@ MODELS = {
     "growing_window": controls.GrowingWindowViT,
     "static_fields": controls.StaticFieldViT,
 }
-
-# Those whose fields are learned and can be guided.
-FIELD_MODELS = (WindowFreeViT, controls.StaticFieldViT)
 
 # Sizes of arXiv 2010.11929 and 2106.10270; "mu" is for tests.
 VARIANTS = {
@@ -227,6 +224,8 @@ def from_json(options: dict[str, Any]) -> ViT:
     fields = options.pop("fields", {})
     if "fields" in model_class.__dataclass_fields__:
         options["fields"] = _fields(fields)
+    if not issubclass(model_class, FieldViT):
+        options.pop("trained_patches", None)
     options["dtype"] = _lookup("dtype", options["dtype"], DTYPES)
     for size in ("image_size", "patch_size"):
         options[size] = tuple(options[size])

@@ -127,6 +127,14 @@ class ViT(nn.Module):
         check(self)
         return self
 
+    def at_size(self, image_size: tuple[int, int]) -> "ViT":
+        """Returns the model for images of another size.
+
+        Raises:
+          UsageError: patches do not divide the size.
+        """
+        return self.clone(image_size=tuple(image_size)).validate()
+
     def check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
         """Returns the numbers of some layers, checked; None: of all of them."""
         if layers is None:

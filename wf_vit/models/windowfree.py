@@ -13,6 +13,7 @@ next layers can predict theirs.
 
 import dataclasses
 import functools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,12 +108,14 @@ class FieldModule(nn.Module):
       grid: ``(GH, GW)``.
       config: how the fields start.
       layer: which layer of the model this is, from 0.
+      scale: how many times as fine the grid is as in training.
     """
 
     num_heads: int
     grid: geometry.Grid
     config: FieldConfig
     layer: int
+    scale: float = 1.0
 
 
 class PredictedFields(FieldModule):
@@ -141,27 +144,55 @@ class PredictedFields(FieldModule):
             name="gaussians",
         )(hidden)
         return make_fields(
-            gaussians_of(jnp.moveaxis(raw, 2, 1)),
+            self.scale * gaussians_of(jnp.moveaxis(raw, 2, 1)),
             grid=self.grid,
+            scale=self.scale,
             threshold=self.config.threshold,
             patches=patches,
         )
 
 
-class WindowFreeViT(ViT):
+class FieldViT(ViT):
+    """A ViT with learned fields.
+
+    On images of another size (`at_size`) centres and widths scale with the number of
+    patches along a side, and so do the lengths that heads report: a field covers as
+    much of an object as in training.
+
+    Attributes:
+      fields: how the fields start.
+      trained_patches: P of the grid on which the fields were learned; None: of this.
+    """
+
+    fields: FieldConfig = FieldConfig()
+    trained_patches: int | None = None
+    # The module of each layer.
+    kind = FieldModule
+
+    def at_size(self, image_size: tuple[int, int]) -> "FieldViT":
+        """Returns the model for images of another size; its fields scale."""
+        trained = self.trained_patches or math.prod(self.grid)
+        return self.clone(
+            image_size=tuple(image_size), trained_patches=trained
+        ).validate()
+
+    def field_for_layer(self, layer: int):
+        """Returns the maker of the module of a layer's fields."""
+        patches = math.prod(self.grid)
+        return functools.partial(
+            self.kind,
+            grid=self.grid,
+            config=self.fields,
+            layer=layer,
+            scale=math.sqrt(patches / (self.trained_patches or patches)),
+        )
+
+
+class WindowFreeViT(FieldViT):
     """A ViT in which each layer, patch and head predicts its own field.
 
     There is no partition and no fixed window. With fields far wider than the grid, the
     same parameters, and zeros where heads report, it computes what ``ViT`` does.
-
-    Attributes:
-      fields: how the fields start.
     """
 
-    fields: FieldConfig = FieldConfig()
-
-    def field_for_layer(self, layer: int):
-        """Returns the maker of the module that predicts a layer's fields."""
-        return functools.partial(
-            PredictedFields, grid=self.grid, config=self.fields, layer=layer
-        )
+    kind = PredictedFields

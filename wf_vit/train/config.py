@@ -15,6 +15,7 @@ from wf_vit.errors import UsageError
 from wf_vit.models import pretrained, registry
 from wf_vit.models.registry import ModelConfig
 from wf_vit.models.vit import ViT
+from wf_vit.models.windowfree import FieldViT
 from wf_vit.settings import LARGEST_COUNT
 from wf_vit.shapes import Params
 from wf_vit.train.guidance import Guidance
@@ -305,7 +306,7 @@ def _guidance(
                 "0: set config.guidance.weight (1 is a start), or no teacher."
             )
         return None, None
-    if config.match == "fields" and not isinstance(student, registry.FIELD_MODELS):
+    if config.match == "fields" and not isinstance(student, FieldViT):
         raise UsageError(
             f"config.guidance.weight is {config.weight}, but a "
             f"{type(student).__name__} has no fields to guide: set "

@@ -84,7 +84,8 @@ class Pretrained:
     def resized(self, image_size: tuple[int, int]) -> "Pretrained":
         """Returns the same model for images of another size.
 
-        A learned position table is resized to the new grid.
+        A learned position table is resized to the new grid, and learned fields scale
+        with it.
 
         Raises:
           UsageError: patches do not divide the size, or a parameter belongs to the
@@ -92,7 +93,7 @@ class Pretrained:
         """
         if tuple(image_size) == self.model.image_size:
             return self
-        model = self.model.clone(image_size=tuple(image_size)).validate()
+        model = self.model.at_size(image_size)
         preprocess = Preprocess(model.image_size, self.preprocess.image_format)
         params = traverse_util.flatten_dict(self.params, sep="/")
         if model.positions == "learned":
@@ -156,7 +157,8 @@ def load(
         timm or Hugging Face, of which the weights and the config are read; or the
         state dict of one.
       image_size: ``(height, width)`` in pixels, or one number for a square. The
-        position table is resized to its grid. None: the checkpoint's own.
+        position table is resized to its grid, and learned fields scale with it.
+        None: the checkpoint's own.
       num_classes: None keeps the checkpoint's head, or its lack of one. A number other
         than the checkpoint's replaces the head, and what is before it since the
         pooling, by a new one, or by none for 0; the log says so.
@@ -197,7 +199,7 @@ def load(
         parameters = _without_head(parameters) | _new_head(model)
         names = ()
     if image_size is not None:
-        model = model.clone(image_size=image_size).validate()
+        model = model.at_size(image_size)
     if model.positions == "learned":
         table = parameters["position_table"]
         table = resize_table(table, model.grid, checkpoint.resampling)
