@@ -6,9 +6,9 @@ r"""WinfT against ViT and every control: variants, seeds, and a table.
 All seeds of a variant train in one program on one device (``benchmarks.sweep``). No
 TensorFlow is needed. A variant that is done is in OUTPUT/results.json, and is skipped,
 so that the command can be repeated; then OUTPUT/summary.md is made of all that are
-there. One command at a time writes to a folder. The variants in SAVED leave a run
-folder, OUTPUT/runs/NAME, of their first seed: teachers, and models whose fields
-benchmarks.field_overlap looks at. --teachers names the folder of the teachers, so that
+there. One command at a time writes to a folder. Each leaves a run folder,
+OUTPUT/runs/NAME, of its first seed: for teachers, benchmarks.field_overlap and
+benchmarks.resolution. --teachers names the folder of the teachers, so that
 a teacher can train for longer than its students:
 
     python -m benchmarks.windowfree ... --output=results/teachers --seeds=0 \
@@ -55,7 +55,6 @@ _MINUTES = flags.DEFINE_float("minutes", 0, "Begin no variant after these; 0: al
 # Thresholds at which a model with fields is evaluated in hard mode, in the end.
 HARD = (0.05, 0.25, 0.5)
 BASELINE, UNGUIDED = "vit", "winft"
-SAVED = (BASELINE, UNGUIDED, "winft_guided", "winft_guided_fields")
 
 
 def _guided(teacher: str = "", **changes: Any) -> dict[str, Any]:
@@ -152,8 +151,7 @@ def run_variant(
         top1 = " ".join(f"{100 * value:.2f}" for value in row["test/top1"])
         speed = row["train_images_per_second"]
         print(f"{name}  epoch {row['epoch']}  {top1} %  {speed:.0f} images/s")
-    if name in SAVED:
-        runs.save_run(folder / "runs" / name)
+    runs.save_run(folder / "runs" / name)
     fielded = isinstance(runs.training.model, FieldViT)
     hard = [runs.hard(threshold) for threshold in HARD if fielded]
     # The first window holds the compilation.
