@@ -83,7 +83,7 @@ FIGURES = {
         **options,
     ),
 }
-# In "removal" a number follows the layer's name.
+# In "removal" a number stands below the layer's name.
 UNLAYERED = ("principal_components", "removal")
 LAYERED = [name for name in FIGURES if name not in UNLAYERED]
 SOURCE = "DINOv2 ViT-S/14 · knockout, effect on the output · field of 90 % of the mass"
@@ -316,7 +316,7 @@ def test_removal_darkens_the_first_to_go_and_says_how_much_is_left():
     figure = FIGURES["removal"](np.asarray, layer_names=[0, 3, 9])
     panels = np.reshape(figure.axes, (3, LAYERS))
     titles = [[panel.get_title() for panel in row] for row in panels]
-    assert titles[0] == ["layer 0: 0.500", "layer 3: 0.200", "layer 9: 0.125"]
+    assert titles[0] == ["layer 0\n0.500", "layer 3\n0.200", "layer 9\n0.125"]
     assert titles[1] == ["0.333", "0.167", "0.111"]
     for row, count in zip(panels, (6, 12, 18), strict=True):
         for panel, order in zip(row, ORDER, strict=True):

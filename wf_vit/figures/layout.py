@@ -27,7 +27,7 @@ class Block(NamedTuple):
     """A grid of photographs.
 
     Attributes:
-      columns: a title for each column.
+      columns: a title for each column, of one line or several.
       rows: a label for each row; one empty label where there is nothing to say.
     """
 
@@ -80,7 +80,8 @@ def lay_out(
     pitches = [max(high + _GAP, least) for high in tall]
     tops, y = [], 0.16 * len(heading)
     for block, pitch in zip(blocks, pitches, strict=True):
-        y += _TITLE if any(block.columns) else _GAP
+        lines = max(title.count("\n") + 1 for title in block.columns)
+        y += lines * _TITLE if any(block.columns) else _GAP
         tops.append(y)
         y += len(block.rows) * pitch
     below = _LINE * sum(map(len, notes)) + 0.04

@@ -186,7 +186,7 @@ def removal(
     blocks = [
         layout.Block(
             [
-                f"{f'{title}: ' if row == 0 else ''}{of_layer[row]:.3f}"
+                (f"{title}\n" if row == 0 else "") + f"{of_layer[row]:.3f}"
                 for title, of_layer in zip(titles, cosine, strict=True)
             ],
             (f"without {100 * share:.0f} %",),
