@@ -42,13 +42,17 @@ MANY_MEMORY_MAPS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_memory_maps():
-    """Drops what was compiled before there is too much of it."""
+def nothing_left():
+    """Drops what a file of tests leaves, and what was compiled before it is too much.
+
+    Errors that nobody asked for are reported when they are collected; if that happens
+    within ast.parse, Python 3.11 fails.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
         jax.clear_caches()
-        gc.collect()
+    gc.collect()
 
 
 @pytest.fixture
