@@ -55,8 +55,8 @@ KEYS = {
         "last is that of the figures and the table",
         items=str,
     ),
-    # Two forward passes a probe take most of the time; the error falls with the square
-    # root. A class needs no probes; the effect on its logit is signed, with a map of
+    # Probes take most of the time, about 1.4 forward passes each; the error falls with
+    # the square root. A class needs no probes; the effect on its logit is signed, with a map of
     # what speaks for it.
     "target": Setting(
         "tokens",

@@ -106,7 +106,7 @@ KEYS = {
         choices=("tokens", "cls", "pooled"),
     ),
     "num_probes": Setting(
-        8, "its random probes, two forward passes each", low=2, high=10**4
+        8, "its random probes, about 1.4 forward passes each", low=2, high=10**4
     ),
     # Memory is about 8 times wf_vit.models.recording.bytes_per_image for each.
     "batch_size": Setting(100, "images at once", low=1, high=10**7),

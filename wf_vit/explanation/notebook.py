@@ -67,7 +67,7 @@ def explain(
       layers: indices; None for all.
       heads: whether to measure every head on its own too.
       mass: share of its impact that a patch's field holds.
-      num_probes: of "propagated"; its cost is two forward passes each.
+      num_probes: of "propagated"; each costs about 1.4 forward passes.
       removal: whether to find out which patches the model can do without before the
         first layer of each quarter (`selection.select_patches`), for a figure of it.
         This takes many times as long as the rest.

@@ -18,8 +18,8 @@ _LOG = logging.getLogger(__name__)
 # Share of the speed of plain matrix products that the measurement reaches, seconds to
 # compile and to draw, and memory in recordings: seen on two CPU cores.
 _EFFICIENCY, _COMPILATION, _DRAWING, _RECORDINGS = 0.5, 12.0, 4.0, 8
-# Forward passes that it takes to find out which patches can go, likewise.
-_REMOVAL = 200
+# Forward passes that a probe is worth, and finding out which patches can go, likewise.
+_PROBE, _REMOVAL = 1.4, 200
 # Without a terminal: seconds between two lines.
 _LINE_EVERY = 20.0
 
@@ -33,7 +33,7 @@ def passes(
     """
     count = 1
     if propagated:
-        count += 2 if of_class else 2 * num_probes
+        count += 2 if of_class else round(_PROBE * num_probes)
     return count + _REMOVAL * removal
 
 
