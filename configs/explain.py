@@ -56,8 +56,8 @@ KEYS = {
         items=str,
     ),
     # Probes take most of the time, about 1.4 forward passes each; the error falls with
-    # the square root. A class needs no probes; the effect on its logit is signed, with a map of
-    # what speaks for it.
+    # the square root. A class needs no probes; the effect on its logit is signed, with
+    # a map of what speaks for it.
     "target": Setting(
         "tokens",
         "of propagated: the output that is watched, all final tokens, the cls token, "

@@ -27,10 +27,7 @@ _LINE_EVERY = 20.0
 def passes(
     num_probes: int, *, propagated: bool, of_class: bool, removal: bool = False
 ) -> int:
-    """Returns how many forward passes a measurement is worth.
-
-    A pass back to the residual stream, without gradients of parameters, counts as one.
-    """
+    """Returns how many forward passes a measurement is worth, seen on two CPU cores."""
     count = 1
     if propagated:
         count += 2 if of_class else round(_PROBE * num_probes)
