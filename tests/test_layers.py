@@ -58,6 +58,26 @@ LIGHT = {
     ],
 }
 
+# Where a config is resolved. Everything below takes typed settings, not the config.
+DOORS = {
+    "command",
+    "data.config",
+    "data.prepare",
+    "explanation.task",
+    "models.pretrained.export",
+    "models.registry",
+    "settings",
+    "train.config",
+    "train.loop",
+    "train.parallel",
+    "train.reporter",
+    "train.run",
+    "verify.task",
+    # Each protocol reads its own settings when it is made.
+    *(f"verify.{name}" for name in ("subject", "class_maps", "faithfulness", "groups")),
+    *(f"verify.{name}" for name in ("pixels", "removal", "tendency", "windows")),
+}
+
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
         ".__init__"
@@ -95,6 +115,17 @@ def test_imports_go_down_only_and_in_no_circle():
     for name in graph:
         graph[name] = {n for n in graph[name] if not name.startswith(f"{n}.")}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_a_config_goes_no_further_than_the_doors():
+    takers = {
+        name.removeprefix("wf_vit.")
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.arg) and node.annotation
+        if "ConfigDict" in ast.unparse(node.annotation)
+    }
+    assert takers | {"settings"} == DOORS
 
 
 @pytest.mark.parametrize("absent", LIGHT, ids=lambda names: names[0])
