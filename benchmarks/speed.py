@@ -199,6 +199,12 @@ STEPS = {
         64,
         {"width": 96, "depth": 4, "mlp_dim": 384, "num_heads": 3},
     ),
+    "of configs/digits.py": (
+        "mu/2",
+        16,
+        128,
+        {"width": 64, "depth": 4, "mlp_dim": 256, "num_heads": 4},
+    ),
 }
 TIMM = {
     "Ti/16 at 224": "vit_tiny_patch16_224",
