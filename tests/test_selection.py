@@ -171,6 +171,15 @@ def test_what_is_not_ranked_comes_last():
     assert (np.sort(ranks) == [1, 2, 3, 7, 7, 7]).all()
 
 
+def test_each_patch_is_removed_once_where_steps_are_of_two_sizes():
+    """40 patches in 32 steps, of two patches and then of one."""
+    model = ViT(**SIZE | {"image_size": (20, 32)})
+    images = jax.random.normal(KEY, (1, *model.image_size, 3))
+    params = model.init(KEY, images)["params"]
+    ranks = select_patches(model, params, images, 0, key=KEY, num_probes=2)
+    np.testing.assert_array_equal(np.sort(ranks[0]), np.arange(40) + 1)
+
+
 def test_an_image_does_not_depend_on_the_others():
     model, params = network("cls")
     keys = jax.random.split(KEY, 2)

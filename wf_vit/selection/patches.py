@@ -84,7 +84,8 @@ def select_patches(
     ranks = jnp.broadcast_to(ranks, (len(images), model.num_tokens))
     wanted = _output(model, recording.tokens, ranks > 0, target)
     first = 1
-    for step in np.array_split(np.arange(patches), min(_STEPS, patches)):
+    steps = np.array_split(np.arange(patches), min(_STEPS, patches))
+    for step in steps:
         if first > removed * patches:
             break
         ranks = _remove(
@@ -94,9 +95,10 @@ def select_patches(
             wanted,
             scale,
             jnp.asarray(first),
+            jnp.asarray(len(step)),
             model=model,
             layer=layer,
-            count=len(step),
+            most=len(steps[0]),
             target=target,
         )
         first += len(step)
@@ -156,7 +158,7 @@ def _output(
     return mean if model.pool == "mean" else jnp.concatenate([tokens[:, 0], mean], -1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layer", "count", "target"))
+@functools.partial(jax.jit, static_argnames=("model", "layer", "most", "target"))
 def _remove(
     params: Params,
     tokens: Tokens,
@@ -164,10 +166,11 @@ def _remove(
     wanted: Float[Array, "B ..."],
     scale: Yardstick,
     first: Int[Array, ""],
+    count: Int[Array, ""],
     *,
     model: ViT,
     layer: int,
-    count: int,
+    most: int,
     target: str,
 ) -> Int[Array, "B N"]:
     """Removes some patches, by what the layers from one on do without earlier ones.
@@ -180,9 +183,10 @@ def _remove(
       wanted: the output of the full model.
       scale: of the layers from that one on.
       first: the first rank that is given out.
+      count: how many are removed.
       model: the model.
       layer: the first layer without the patches.
-      count: how many are removed.
+      most: what the count is at most.
       target: the output.
 
     Returns:
@@ -270,7 +274,9 @@ def _remove(
         error += einsum("bd,bnd->bn", mean, shift)
         error += _CAUTION * count / 2 * jnp.square(shift).sum(-1)
     error = jnp.where(there & is_patch, error, jnp.inf)
-    _, least = lax.top_k(-error, count)
-    return ranks.at[jnp.arange(len(ranks))[:, None], least].set(
-        first + jnp.arange(count)[None]
-    )
+    _, least = lax.top_k(-error, most)
+    order = jnp.arange(most)[None]
+    # Those beyond the count are out of range, and left out.
+    least = jnp.where(order < count, least, model.num_tokens)
+    rows = jnp.arange(len(ranks))[:, None]
+    return ranks.at[rows, least].set(first + order, mode="drop")
