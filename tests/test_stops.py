@@ -70,6 +70,15 @@ def test_an_error_is_not_hidden_by_a_stop():
     assert isinstance(signalled(body, kept="All is saved."), ValueError)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard, also where the tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_handlers_of_before_are_there_again():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stops.handled():
