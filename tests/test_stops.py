@@ -72,7 +72,7 @@ def test_an_error_is_not_hidden_by_a_stop():
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C is heard, also where the tests were started in the background of a shell."""
+    """Ctrl-C is heard, also where a shell runs the tests in its background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
