@@ -125,6 +125,24 @@ def take_turns(
     return {name: np.asarray(times) for name, times in seconds.items()}
 
 
+def beside_forward(
+    functions: dict[str, Callable], turns: int
+) -> dict[str, dict[str, float]]:
+    """Returns the time of each function, and its ratio to that of "forward"."""
+    seconds = take_turns(functions, turns)
+    cpu_seconds = take_turns(functions, turns, time.process_time)
+    return {
+        name: {
+            "milliseconds": 1e3 * float(np.median(seconds[name])),
+            "of_forward": float(np.median(seconds[name] / seconds["forward"])),
+            "cpu_of_forward": float(
+                np.median(cpu_seconds[name] / cpu_seconds["forward"])
+            ),
+        }
+        for name in functions
+    }
+
+
 def compare_with_brute_force(turns: int) -> dict[str, float]:
     """All cuts of one ViT-S/14 layer, against running the layer once for each."""
     size = VIT_S14_224
@@ -191,18 +209,7 @@ def compare_with_forward(turns: int) -> dict[str, dict[str, float]]:
         "effect (one probe)": probe,
         "effect per head (one probe)": partial(probe, per_head=True),
     }
-    seconds = take_turns(functions, turns)
-    cpu_seconds = take_turns(functions, turns, time.process_time)
-    return {
-        name: {
-            "milliseconds": 1e3 * float(np.median(seconds[name])),
-            "of_forward": float(np.median(seconds[name] / seconds["forward"])),
-            "cpu_of_forward": float(
-                np.median(cpu_seconds[name] / cpu_seconds["forward"])
-            ),
-        }
-        for name in functions
-    }
+    return beside_forward(functions, turns)
 
 
 def compare_propagated_with_forward(
@@ -233,20 +240,9 @@ def compare_propagated_with_forward(
         "forward": partial(plain, images),
         **{f"{count} probes": partial(propagate, count) for count in PROBES},
     }
-    seconds = take_turns(functions, turns)
-    cpu_seconds = take_turns(functions, turns, time.process_time)
     return {
         "interactions": model.depth * (model.grid[0] * model.grid[1]) ** 2,
-        **{
-            name: {
-                "milliseconds": 1e3 * float(np.median(seconds[name])),
-                "of_forward": float(np.median(seconds[name] / seconds["forward"])),
-                "cpu_of_forward": float(
-                    np.median(cpu_seconds[name] / cpu_seconds["forward"])
-                ),
-            }
-            for name in functions
-        },
+        **beside_forward(functions, turns),
     }
 
 

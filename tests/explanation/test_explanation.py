@@ -20,8 +20,7 @@ from wf_vit.explanation.measuring import Settings, explain_batch
 from wf_vit.models import parameters, pretrained
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.pretrained.preprocess import HALF, ImageFormat, Preprocess
-from wf_vit.selection import select_patches
-from wf_vit.selection.yardstick import run_to
+from wf_vit.selection import run_to, select_patches
 
 KEYS = jax.random.split(jax.random.key(0), 1)
 

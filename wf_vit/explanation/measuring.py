@@ -23,8 +23,12 @@ from wf_vit.interventions import keep_patches, num_kept
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.vit import ViT
 from wf_vit.models.windowfree import WindowFreeViT
-from wf_vit.selection import first_of_quarters, run_without, select_patches
-from wf_vit.selection.yardstick import run_to
+from wf_vit.selection import (
+    first_of_quarters,
+    run_to,
+    run_without,
+    select_patches,
+)
 from wf_vit.shapes import Images, Keys
 
 CLASS = "class"

@@ -18,5 +18,12 @@ from wf_vit.selection.patches import (
     run_without,
     select_patches,
 )
+from wf_vit.selection.yardstick import run_to
 
-__all__ = ["first_of_quarters", "run_without", "select_interactions", "select_patches"]
+__all__ = [
+    "first_of_quarters",
+    "run_to",
+    "run_without",
+    "select_interactions",
+    "select_patches",
+]

@@ -288,14 +288,14 @@ def merged_answer(
         bias=[bias] * model.depth,
         method="encode",
     )
-    if model.pool in ("mean", "cls_mean"):
-        # Each patch where it was merged to.
-        tokens = gather_patches(tokens, left.place, num_prefix_tokens=prefix)
+    if model.pool not in ("mean", "cls_mean"):
+        out = model.apply(variables, tokens, method="readout")
+        return answer_of(model, *out), left.patches
+    # For the mean each patch is where it was merged to.
+    tokens = gather_patches(tokens, left.place, num_prefix_tokens=prefix)
     answer = answer_of(model, *model.apply(variables, tokens, method="readout"))
-    if model.pool in ("mean", "cls_mean"):
-        own = jnp.take_along_axis(answer.patches, left.patches[..., None], axis=1)
-        answer = answer._replace(patches=own)
-    return answer, left.patches
+    own = jnp.take_along_axis(answer.patches, left.patches[..., None], axis=1)
+    return answer._replace(patches=own), left.patches
 
 
 @partial(jax.jit, static_argnames=("layer", "model"))
