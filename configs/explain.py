@@ -92,6 +92,11 @@ KEYS = {
     ),
     # The data take about a byte * layers * tokens^2 for each indicator and image.
     "figures": Setting(True, "whether to draw the figures; they can be had later"),
+    "pdf": Setting(
+        False,
+        "whether figures are written as PDF, too, not only as PNG; ten of them take "
+        "about five seconds more, and can be had later",
+    ),
     "page": Setting(True, "whether to build the page, likewise"),
     "page_bytes": Setting(
         25_000_000,

@@ -128,6 +128,11 @@ def test_there_is_a_sign_of_life(photographs, tmp_path, caplog, monkeypatch):
     assert re.fullmatch(r"0 of 1 images, about \d\d:\d\d left", said[1])
 
 
+def starts(folder):
+    """Returns the first four bytes of the files of a folder, by name."""
+    return {file.name: file.read_bytes()[:4] for file in folder.iterdir()}
+
+
 def test_drawings_can_be_had_later_and_are_whole(photographs, tmp_path, monkeypatch):
     one = {"images": str(photographs / "b.png"), "indicators": ("mean",)}
     config = make_config(**one, **DATA_ONLY)
@@ -142,27 +147,27 @@ def test_drawings_can_be_had_later_and_are_whole(photographs, tmp_path, monkeypa
     assert not (folder / "figures").exists()
     monkeypatch.setattr(task, "explain_batch", kill)
     explain(config, tmp_path)
-    files = list((folder / "figures").iterdir())
-    assert {file.name for file in files} == {
-        f"{name}.{suffix}"
-        for name in (
-            "interactions",
-            "fields",
-            "field_size",
-            "tendency",
-            "indiscriminative",
-            "class_attention",
-            "class_impact",
-            "principal_components",
-            "field_area",
-            "attention_distance",
-        )
-        for suffix in ("pdf", "png")
+    drawn = {
+        "interactions",
+        "fields",
+        "field_size",
+        "tendency",
+        "indiscriminative",
+        "class_attention",
+        "class_impact",
+        "principal_components",
+        "field_area",
+        "attention_distance",
     }
-    for file in files:
-        start = {".pdf": b"%PDF", ".png": b"\x89PNG"}[file.suffix]
-        assert file.read_bytes().startswith(start)
+    assert starts(folder / "figures") == {f"{n}.png": b"\x89PNG" for n in drawn}
     assert (folder / "page.html").stat().st_size > 10_000
+    config.pdf = True
+    explain(config, tmp_path)
+    pdfs = {f"{n}.pdf": b"%PDF" for n in drawn}
+    assert starts(folder / "figures").items() >= pdfs.items()
+    assert starts(tmp_path / "figures")["field_area.pdf"] == b"%PDF"
+    explain(config.copy_and_resolve_references(), tmp_path)
+    assert len(starts(folder / "figures")) == 2 * len(drawn)
 
 
 def test_results_of_other_settings_are_not_mixed(photographs, tmp_path, windowfree_run):

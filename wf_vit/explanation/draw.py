@@ -154,13 +154,16 @@ def depth_drawings(
     return drawings
 
 
-def save_figures(drawings: Drawings, folder: Path) -> None:
-    """Writes figures as PDF and PNG into ``folder``."""
+def save_figures(drawings: Drawings, folder: Path, *, pdf: bool) -> None:
+    """Writes figures into ``folder``, as PNG and, if wanted, as PDF.
+
+    A PDF takes several times as long as a PNG: its fonts are cut to what it shows.
+    """
     folder.mkdir(exist_ok=True)
     with figures.style():
         for name, draw in drawings.items():
             figure = draw()
-            for suffix in ("pdf", "png"):
+            for suffix in ("png", "pdf") if pdf else ("png",):
                 figure.savefig(folder / f"{name}.{suffix}")
 
 

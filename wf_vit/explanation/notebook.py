@@ -160,9 +160,8 @@ class Explained(Explanation):
         """Writes ``data.npz``, ``figures/`` and ``page.html`` into a folder."""
         folder = Path(folder)
         self.save_data(folder)
-        draw.save_figures(
-            draw.image_drawings(self, model=self.model), folder / draw.FIGURES
-        )
+        drawings = draw.image_drawings(self, model=self.model)
+        draw.save_figures(drawings, folder / draw.FIGURES, pdf=True)
         write_text(folder / draw.PAGE, self.page())
 
     def __repr__(self) -> str:

@@ -74,16 +74,20 @@ _HEADS = "field_heads/area"
 _FUSED = ("field_area", "excess_length")
 
 
-def write(workdir: Path, names: Sequence[str], notes: dict[str, Any]) -> None:
+def write(
+    workdir: Path, names: Sequence[str], notes: dict[str, Any], *, pdf: bool
+) -> None:
     """Writes the table, the statistics, their figures and what they mean.
 
     Args:
       workdir: of the run.
       names: of all images in the run, at least one.
       notes: what ``statistics.json`` says besides.
+      pdf: whether the figures are written as PDF, too.
     """
     _write_table(workdir, names)
-    _write_statistics(workdir, names, notes)
+    drawings = _write_statistics(workdir, names, notes)
+    draw.save_figures(drawings, workdir / draw.FIGURES, pdf=pdf)
     parts = {f"images/*/{DATA}": ARRAYS, TABLE: COLUMNS, STATISTICS: STATISTICS_KEYS}
     text = _PREFACE
     for file, meanings in parts.items():
@@ -143,7 +147,8 @@ def _field_columns(arrays, kind) -> Float[np.ndarray, "L *heads columns"]:
 
 def _write_statistics(
     workdir: Path, names: Sequence[str], notes: dict[str, Any]
-) -> None:
+) -> draw.Drawings:
+    """Writes the statistics and returns their figures."""
     total = None
     for name in names:
         with opened_arrays(workdir / IMAGES / name / DATA) as arrays:
@@ -158,7 +163,7 @@ def _write_statistics(
     for key in mean:
         content[key] = {"mean": mean[key].tolist(), "std": std[key].tolist()}
     write_text(workdir / STATISTICS, json.dumps(content, indent=2) + "\n")
-    drawings = draw.depth_drawings(
+    return draw.depth_drawings(
         layers,
         area=mean["field_area"],
         area_spread=std["field_area"],
@@ -166,7 +171,6 @@ def _write_statistics(
         distance=mean["attention_distance"],
         distance_spread=std["attention_distance"] if len(names) > 1 else None,
     )
-    draw.save_figures(drawings, workdir / draw.FIGURES)
 
 
 def _sample(arrays: np.lib.npyio.NpzFile) -> dict[str, Float[np.ndarray, "L _ 1 _"]]:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from wf_vit.workdir import claim_workdir, held, replacing, write_text
 _LOG = logging.getLogger(__name__)
 
 # Keys that change no number, and may differ from one call to the next.
-_FREE = ("batch_size", "figures", "images", "page", "page_bytes", "patch")
+_FREE = ("batch_size", "figures", "images", "page", "page_bytes", "patch", "pdf")
 
 Size = tuple[int, int]
 
@@ -76,7 +77,7 @@ def _explain(
             str(file.parent.relative_to(workdir / IMAGES))
             for file in (workdir / IMAGES).rglob(DATA)
         )
-        summary.write(workdir, everything, notes)
+        summary.write(workdir, everything, notes, pdf=config.pdf)
         gallery.write(workdir, everything, _describe(config.weights, loaded))
         _LOG.info("Wrote %s.", workdir / gallery.INDEX)
     if broken:
@@ -281,6 +282,9 @@ def _draw_missing(
     model = Path(config.weights).stem
     for source in sources:
         own = folder / source.name
+        drawn = own / draw.FIGURES
+        if config.figures and config.pdf and not any(drawn.glob("*.pdf")):
+            shutil.rmtree(drawn, ignore_errors=True)  # Drawn without; once more.
         missing = {p for p in wanted if wanted[p] and not (own / p).exists()}
         if not missing or not (own / DATA).exists():
             continue
@@ -289,8 +293,8 @@ def _draw_missing(
         if draw.FIGURES in missing:
             patch = None if config.patch == -1 else config.patch
             drawings = draw.image_drawings(explanation, patch=patch, model=model)
-            with replacing(own / draw.FIGURES) as partial_folder:
-                draw.save_figures(drawings, partial_folder)
+            with replacing(drawn) as partial_folder:
+                draw.save_figures(drawings, partial_folder, pdf=config.pdf)
         if draw.PAGE in missing:
             html = draw.page_html(
                 explanation,

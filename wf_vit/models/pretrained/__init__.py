@@ -101,7 +101,7 @@ class Pretrained:
             table = resize_table(table, model.grid, self.resampling)
             params["position_table"] = jnp.asarray(table, jnp.float32)
         size = f"The model at {image_size[0]} x {image_size[1]} pixels"
-        _compare(params, jax.eval_shape(lambda: _initial(model)), {}, size)
+        _compare(params, _shapes(model), {}, size)
         return dataclasses.replace(
             self,
             model=model,
@@ -212,7 +212,7 @@ def load(
             model.num_classes,
         )
         names = ()
-    expected = jax.eval_shape(lambda: _initial(model))
+    expected = _shapes(model)
     _compare(parameters, expected, checkpoint.origin, source)
     params = {name: jnp.asarray(parameters[name], jnp.float32) for name in expected}
     return Pretrained(
@@ -275,8 +275,25 @@ def _checked(own: Checkpoint) -> Checkpoint:
     return own
 
 
+def _shapes(model: ViT) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a model's parameters, by flat name.
+
+    Only one block is traced, which is most of the time of a load: all are alike.
+    """
+    shallow = model.clone(depth=min(model.depth, 1))
+    shapes = {}
+    for name, shape in jax.eval_shape(lambda: _initial(shallow)).items():
+        module, *rest = name.split("/")
+        if module == "blocks_0":
+            names = [f"blocks_{layer}" for layer in range(model.depth)]
+        else:
+            names = [module]
+        shapes |= {"/".join([name, *rest]): shape for name in names}
+    return shapes
+
+
 def _initial(model: ViT) -> Parameters:
-    """Returns fresh parameters by flat name; shapes only, under ``eval_shape``."""
+    """Returns fresh parameters by flat name."""
     images = jnp.zeros((1, *model.image_size, 3))
     params = model.init(jax.random.key(0), images)["params"]
     return traverse_util.flatten_dict(params, sep="/")
