@@ -176,13 +176,49 @@ def test_layers_and_images_are_those_of_their_own():
             )
 
 
+def by_half(first, second):
+    """The norm of two layers' effects by probe, [probes, B]."""
+    return np.sqrt((first**2 + second**2 + first * second).mean(0))
+
+
 def test_products_of_different_layers_count_by_half():
+    # So little is cut that every query keeps nearly all of its attention.
     *arrays, keep = stacked_layers()
-    got = indicators.set_effect(*arrays, keep=keep, num_prefix_tokens=PREFIX)
+    attention, *rest = arrays
+    patches = attention[..., PREFIX:, PREFIX:]
+    weak = attention.at[..., PREFIX:, PREFIX:].set(
+        jnp.where(keep, patches, 1e-5 * patches)
+    )
+    weak = weak / weak.sum(-1, keepdims=True)
+    got = indicators.set_effect(weak, *rest, keep=keep, num_prefix_tokens=PREFIX)
     effect = np.asarray(got.effect, np.float64)
-    first, second = effect[:, 0], effect[:, 1]
-    square = first**2 + second**2 + first * second
-    np.testing.assert_allclose(got.norm, np.sqrt(square.mean(0)), rtol=1e-5)
+    expected = by_half(effect[:, 0], effect[:, 1])
+    np.testing.assert_allclose(got.norm, expected, rtol=1e-4)
+
+
+def test_what_a_query_loses_counts_more_the_less_it_keeps():
+    *arrays, keep = stacked_layers()
+    attention, values, kernel, gradients, residual = arrays
+    got = indicators.set_effect(*arrays, keep=keep, num_prefix_tokens=PREFIX)
+    whole = jnp.ones_like(keep, shape=(2, 3, 3, 8, 8))
+    kept = whole.at[..., PREFIX:, PREFIX:].set(keep)
+    stays = (attention * kept).sum(-1).mean((0, 2))
+    # A gradient at one query after the other tells their effects apart.
+    counted = 0
+    for query in range(8):
+        alone = gradients * (jnp.arange(8) == query)[:, None]
+        one = indicators.set_effect(
+            attention,
+            values,
+            kernel,
+            alone,
+            residual,
+            keep=keep,
+            num_prefix_tokens=PREFIX,
+        )
+        counted += np.asarray(one.effect, np.float64) / np.sqrt(stays[:, query])
+    np.testing.assert_allclose(got.norm, by_half(*counted.swapaxes(0, 1)), rtol=1e-5)
+    assert float(stays.min()) < 0.6
 
 
 def test_heads_may_share_what_they_keep():

@@ -12,8 +12,8 @@ from wf_vit.models.vit import ViT
 from wf_vit.verify import groups, sets
 from wf_vit.verify.groups import (
     IN_UNITS,
-    LAYERS,
     OWN,
+    PARTS,
     PREDICTORS,
     SCOPES,
     SHARES,
@@ -223,16 +223,16 @@ def faint(case):
 def test_the_effect_of_the_set_is_right_where_little_is_cut(faint):
     protocol = Groups(faint.subject, CONFIG)
     outcomes = protocol.measure(faint, 1)
-    own, signed = PREDICTORS.index(OWN), PREDICTORS.index(LAYERS[0])
+    own, signed = PREDICTORS.index(OWN), PREDICTORS.index(PARTS[0])
     correlation = outcomes["correlation"][0]
     assert correlation.shape == (len(SCOPES), len(SHARES), len(PREDICTORS))
     assert correlation[..., signed].min() > 0.9
     assert correlation[..., signed].mean() > 0.97
-    sums = correlation[..., len(LAYERS) + 1 :]
+    sums = correlation[..., len(PARTS) + 1 :]
     assert correlation[..., signed].mean() > sums.mean((0, 1)).max()
     # In one layer there is nothing to add.
     np.testing.assert_allclose(correlation[0, :, own], correlation[0, :, signed])
-    ratio = outcomes["ratio"][0, :, :, IN_UNITS.index(LAYERS[0])]
+    ratio = outcomes["ratio"][0, :, :, IN_UNITS.index(PARTS[0])]
     np.testing.assert_allclose(ratio, 1, atol=0.15)
 
 

@@ -60,12 +60,19 @@ def set_effect(
     """Returns what all interactions outside of ``keep`` do together, to first order.
 
     In one layer the norm is that of the first order: the root of the mean over probes
-    of the squared effect e. In several the first order is ``(sum_l e_l)^2``. But what
-    an early layer loses changes what the later ones do, so that their effects agree
-    less than the gradients of the whole network say. So the products of different
-    layers count by half (ours):
+    of the squared effect e. In several the first order is ``(sum_l e_l)^2``, which
+    errs in two ways that are mended here (ours, found by measurement):
 
-        norm^2 = mean over probes of (sum_l e_l^2 + (sum_l e_l)^2) / 2
+    - What an early layer loses changes what the later ones do, so that their effects
+      agree less than the gradients of the whole network say. The products of different
+      layers count by half.
+    - A patch makes up in later layers for what it lost in earlier ones, by listening
+      again. The gradients count on that, also where the set does not let it listen.
+      With h_i the share of query i's attention that stays, mean over layers and heads,
+      what it loses counts ``1 / sqrt(h_i)`` times.
+
+        norm^2 = mean over probes of (sum_l e_l^2 + (sum_l e_l)^2) / 2,
+        e_l = sum_i u_li . delta_li / sqrt(h_i)
 
     ``effect.sum(1)`` is the plain first order.
 
@@ -116,8 +123,8 @@ def set_effect(
 
     def image(arrays, kernel):
         attention, values, keep = arrays
-        moved = _displacement(attention, values, keep, num_prefix_tokens)
-        return einsum("hnk,hkd->nd", moved, kernel)
+        moved, stays = _displacement(attention, values, keep, num_prefix_tokens)
+        return einsum("hnk,hkd->nd", moved, kernel), stays.mean(0)
 
     def layer(arrays):
         *arrays, kernel = arrays
@@ -129,9 +136,16 @@ def set_effect(
         for x in (attention, values, keep)
     ]  # fmt: skip
     kernel = kernel if layered else kernel[None]
-    moved = lax.map(layer, (*arrays, kernel)).reshape(gradients.shape[1:])
-    effect = einsum("m...nd,...nd->m...", gradients, moved)
-    return SetEffect(join(effect, exponents), _norm(effect, exponents, layered))
+    moved, stays = lax.map(layer, (*arrays, kernel))
+    moved = moved.reshape(gradients.shape[1:])
+    by_query = einsum("m...nd,...nd->m...n", gradients, moved)
+    effect = counted = by_query.sum(-1)
+    if layered:
+        # A row that keeps nothing counts as one that keeps one of N equal keys.
+        stays = stays.reshape(moved.shape[:-1]).mean(0)
+        counts = 1 / jnp.sqrt(jnp.maximum(stays, 1 / tokens))
+        counted = einsum("ml...n,...n->ml...", by_query, counts)
+    return SetEffect(join(effect, exponents), _norm(counted, exponents, layered))
 
 
 def _displacement(
@@ -139,8 +153,11 @@ def _displacement(
     values: Float[Array, "N H K"],
     keep: Bool[Array, "#H P P"],
     num_prefix_tokens: int,
-) -> Float[Array, "H N K"]:
-    """Returns how far the cut moves the output of each head, ``o_i - o_i(S)``."""
+) -> tuple[Float[Array, "H N K"], Float[Array, "H N"]]:
+    """Returns how far the cut moves each head's output, and what of its rows stays.
+
+    These are ``o_i - o_i(S)``, and the share of the row's attention.
+    """
     values = values.swapaxes(0, 1)
     # No cut notices what all values share, and without it less cancels.
     values = values - values.mean(1, keepdims=True)
@@ -154,7 +171,8 @@ def _displacement(
     left = einsum("hij,hjk->hik", kept, values)
     left = left / jnp.where(kept_sum > 0, kept_sum, 1.0)
     lost = einsum("hij,hjk->hik", cut, values)
-    return (lost - cut_sum * left) / (kept_sum + cut_sum)
+    whole = kept_sum + cut_sum
+    return (lost - cut_sum * left) / whole, (kept_sum / whole)[..., 0]
 
 
 def _norm(effect, exponents, layered):

@@ -3,9 +3,10 @@
 Sets of interactions are drawn, of several kinds and shares (`wf_vit.verify.sets`), in
 one layer or in all. Each is really cut, in one forward pass, and how far the output
 moves is compared with what is predicted from the network left alone: by the effect of
-the set (`wf_vit.indicators.set_effect`), and by sums over its interactions. Where
-several layers are cut, two more stand beside the first: the plain first order, in which
-the effects of layers add with their signs, and the root of the sum of their squares.
+the set (`wf_vit.indicators.set_effect`), and by sums over its interactions. Beside the
+first stands what its rule is made of: the plain first order, in which the effects of
+layers add with their signs; the root of the sum of their squares; and the root of the
+mean of these two squares, where a patch's loss counts alike whatever it still hears.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,9 +35,9 @@ from wf_vit.verify.subject import Case, Estimate, Outcomes, Subject, Summary
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 SCOPES = ("one layer", "all layers")
 OWN = "effect of the set"
-LAYERS = ("layers with signs", "layers without signs")
+PARTS = ("layers with signs", "layers without signs", "queries alike")
 # What predicts the displacement; the first of them in units of the output.
-IN_UNITS = (OWN, *LAYERS, "sum of propagated impact", "root sum of squared impact")
+IN_UNITS = (OWN, *PARTS, "sum of propagated impact", "root sum of squared impact")
 PREDICTORS = (*IN_UNITS, "sum of knockout impact", "sum of attention", "random")
 
 # Sets that are cut in one call.
@@ -100,7 +101,7 @@ class Groups:
                     for cut in cuts
                 ]
                 predicted = {
-                    **dict(zip((OWN, *LAYERS), np.array(effects).T, strict=True)),
+                    **dict(zip((OWN, *PARTS), np.array(effects).T, strict=True)),
                     **sums(cuts, impact, np.asarray(knockout.heads[:, 0]), attention),
                     "random": rng.random(len(cuts)),
                 }
@@ -273,8 +274,8 @@ def _predict(
     keep: Bool[Array, "L H P P"],
     *,
     model: ViT,
-) -> Float[Array, " 3"]:
-    """Returns how far the output of one image moves, as OWN and as LAYERS have it."""
+) -> Float[Array, " 4"]:
+    """Returns how far the output of one image moves, as OWN and as PARTS have it."""
     projection = output_projection(model, params)
     found = set_effect(
         recording.attention,
@@ -287,4 +288,5 @@ def _predict(
     )
     with_signs = jnp.square(found.effect.sum(1)).mean(0)
     without = jnp.square(found.effect).sum(1).mean(0)
-    return jnp.concatenate([found.norm, jnp.sqrt(with_signs), jnp.sqrt(without)])
+    parts = jnp.concatenate([with_signs, without, (with_signs + without) / 2])
+    return jnp.concatenate([found.norm, jnp.sqrt(parts)])
