@@ -176,37 +176,24 @@ def test_layers_and_images_are_those_of_their_own():
             )
 
 
-def by_half(first, second):
-    """The norm of two layers' effects by probe, [probes, B]."""
-    return np.sqrt((first**2 + second**2 + first * second).mean(0))
-
-
 def test_products_of_different_layers_count_by_half():
-    # So little is cut that every query keeps nearly all of its attention.
     *arrays, keep = stacked_layers()
-    attention, *rest = arrays
-    patches = attention[..., PREFIX:, PREFIX:]
-    weak = attention.at[..., PREFIX:, PREFIX:].set(
-        jnp.where(keep, patches, 1e-5 * patches)
-    )
-    weak = weak / weak.sum(-1, keepdims=True)
-    got = indicators.set_effect(weak, *rest, keep=keep, num_prefix_tokens=PREFIX)
+    got = indicators.set_effect(*arrays, keep=keep, num_prefix_tokens=PREFIX)
     effect = np.asarray(got.effect, np.float64)
     expected = by_half(effect[:, 0], effect[:, 1])
-    np.testing.assert_allclose(got.norm, expected, rtol=1e-4)
+    np.testing.assert_allclose(got.norm, expected, rtol=1e-5)
 
 
-def test_what_a_query_loses_counts_more_the_less_it_keeps():
+def test_repair_counts_more_what_a_query_loses_that_hears_less_later():
     *arrays, keep = stacked_layers()
     attention, values, kernel, gradients, residual = arrays
-    got = indicators.set_effect(*arrays, keep=keep, num_prefix_tokens=PREFIX)
     whole = jnp.ones_like(keep, shape=(2, 3, 3, 8, 8))
     kept = whole.at[..., PREFIX:, PREFIX:].set(keep)
-    stays = (attention * kept).sum(-1).mean((0, 2))
+    stays = (attention * kept).sum(-1).mean(2)
     # A gradient at one query after the other tells their effects apart.
-    counted = 0
+    first = second = 0
     for query in range(8):
-        alone = gradients * (jnp.arange(8) == query)[:, None]
+        alone = jnp.where(np.arange(8)[:, None] == query, gradients, 0.0)
         one = indicators.set_effect(
             attention,
             values,
@@ -216,9 +203,33 @@ def test_what_a_query_loses_counts_more_the_less_it_keeps():
             keep=keep,
             num_prefix_tokens=PREFIX,
         )
-        counted += np.asarray(one.effect, np.float64) / np.sqrt(stays[:, query])
-    np.testing.assert_allclose(got.norm, by_half(*counted.swapaxes(0, 1)), rtol=1e-5)
+        effect = np.asarray(one.effect, np.float64)
+        first += effect[:, 0] / np.sqrt(stays[1, :, query])
+        second += effect[:, 1]
+    got, neither = (
+        indicators.set_effect(
+            *arrays, keep=keep, num_prefix_tokens=PREFIX, repair=repair
+        )
+        for repair in (0.5, (0.0, 0.5))
+    )
+    np.testing.assert_allclose(got.norm, by_half(first, second), rtol=1e-5)
+    np.testing.assert_array_equal(neither.norm[1], got.norm)
     assert float(stays.min()) < 0.6
+
+
+def test_repair_is_no_matter_of_one_layer():
+    *arrays, keep = stacked_layers()
+    for layer in (0, 1):
+        others = keep.at[1 - layer].set(True)
+        norms = indicators.set_effect(
+            *arrays, keep=others, num_prefix_tokens=PREFIX, repair=(0.0, 2.0)
+        ).norm
+        np.testing.assert_array_equal(norms[0], norms[1])
+
+
+def by_half(first, second):
+    """The norm of two layers' effects by probe, [probes, B]."""
+    return np.sqrt((first**2 + second**2 + first * second).mean(0))
 
 
 def test_heads_may_share_what_they_keep():
@@ -253,6 +264,7 @@ def test_the_range_of_float32_is_enough(scale):
         ({"gradients": np.ones((2, 8, 7), np.float32)}, "gradients has shape"),
         ({"gradients": np.full((2, 8, 8), np.nan, np.float32)}, "gradients .* NaN"),
         ({"num_prefix_tokens": 8}, "leaves no patches"),
+        ({"repair": (0.5, -0.5)}, r"repair is \(0.5, -0.5\)"),
     ],
 )
 def test_says_what_does_not_fit(no_type_checks, change, message):

@@ -11,9 +11,10 @@ from wf_vit.grid import distances
 from wf_vit.models.vit import ViT
 from wf_vit.verify import groups, sets
 from wf_vit.verify.groups import (
+    FIXED,
     IN_UNITS,
+    LAYERS,
     OWN,
-    PARTS,
     PREDICTORS,
     SCOPES,
     SHARES,
@@ -181,11 +182,11 @@ def test_sums_of_known_sets():
 def test_ratios_leave_out_sets_that_move_nothing():
     numbers = groups.Numbers([], [])
     real = np.array([0.0, 1.0, 2.0, 4.0])
-    predicted = {name: np.arange(4.0) for name in PREDICTORS} | {OWN: 2 * real}
+    predicted = {name: np.arange(4.0) for name in PREDICTORS} | {FIXED[0]: 2 * real}
     numbers.add(predicted, real)
     assert numbers.correlation[0][0] == pytest.approx(1)
     # 1 / 1, 2 / 2 and 3 / 4 for the others.
-    np.testing.assert_allclose(numbers.ratio[0], [2, 1, 1, 1, 1])
+    np.testing.assert_allclose(numbers.ratio[0], [2, 1, 1, 1, 1, 1, 1, 1])
     numbers.add(predicted, np.zeros(4))
     assert np.isnan(numbers.ratio[1]).all()
     assert np.isnan(numbers.correlation[1]).all()
@@ -223,17 +224,39 @@ def faint(case):
 def test_the_effect_of_the_set_is_right_where_little_is_cut(faint):
     protocol = Groups(faint.subject, CONFIG)
     outcomes = protocol.measure(faint, 1)
-    own, signed = PREDICTORS.index(OWN), PREDICTORS.index(PARTS[0])
+    signed = PREDICTORS.index(LAYERS[0])
     correlation = outcomes["correlation"][0]
     assert correlation.shape == (len(SCOPES), len(SHARES), len(PREDICTORS))
     assert correlation[..., signed].min() > 0.9
     assert correlation[..., signed].mean() > 0.97
-    sums = correlation[..., len(PARTS) + 1 :]
+    sums = correlation[..., len(FIXED + LAYERS) :]
     assert correlation[..., signed].mean() > sums.mean((0, 1)).max()
     # In one layer there is nothing to add.
-    np.testing.assert_allclose(correlation[0, :, own], correlation[0, :, signed])
-    ratio = outcomes["ratio"][0, :, :, IN_UNITS.index(PARTS[0])]
+    for own in range(len(FIXED)):
+        np.testing.assert_allclose(correlation[0, :, own], correlation[0, :, signed])
+    ratio = outcomes["ratio"][0, :, :, IN_UNITS.index(LAYERS[0])]
     np.testing.assert_allclose(ratio, 1, atol=0.15)
+
+
+def test_repair_is_chosen_by_the_other_images():
+    correlation = np.zeros((3, 1, 1, len(PREDICTORS)))
+    correlation[:, 0, 0, :3] = [[0.1, 0.9, 0.2], [0.1, 0.4, 0.5], [0.1, np.nan, 0.6]]
+    correlation[..., -1] = 1  # No exponent.
+    chosen = groups.chosen_repair(correlation)
+    # By the second and third; by the first and third; by the first two.
+    np.testing.assert_array_equal(chosen[:, 0, 0], [2, 1, 1])
+    np.testing.assert_array_equal(groups.chosen_repair(correlation[:1]), 0)
+
+
+def test_summary_takes_what_was_chosen(case, estimate):
+    shape = (3, len(SCOPES), len(SHARES))
+    correlation = np.zeros((*shape, len(PREDICTORS)))
+    ratio = np.ones((*shape, len(IN_UNITS)))
+    correlation[..., 2], ratio[..., 2] = 0.5, 7
+    outcomes = {"correlation": correlation, "ratio": ratio}
+    summary = Groups(case.subject, CONFIG).summarize(outcomes, estimate)
+    assert summary["correlation"]["all layers"][OWN]["0.1"]["mean"] == 0.5
+    assert summary["ratio"]["all layers"][OWN]["0.1"]["mean"] == 7
 
 
 def test_an_image_does_not_depend_on_those_after_it(case):

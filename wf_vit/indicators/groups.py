@@ -21,6 +21,7 @@ impact of a set.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -37,16 +38,17 @@ class SetEffect(NamedTuple):
     Attributes:
       effect: for each probe and layer, signed, in units of ``probe . y``: positive
         where the set raises it, so that it falls by about as much when the set is cut.
-      norm: of the displacement of y, in units of y, without the axis of layers.
+      norm: of the displacement of y, in units of y, without the axis of layers; with
+        an axis in front if there were several exponents of repair.
     """
 
     effect: Float[Array, " probes *batch"]
-    norm: Float[Array, "*images"]
+    norm: Float[Array, "*repair_images"]
 
     __repr__ = shapes_of
 
 
-@checks.checked("num_prefix_tokens")
+@checks.checked("num_prefix_tokens", "repair")
 def set_effect(
     attention: Attention,
     values: Values,
@@ -56,25 +58,27 @@ def set_effect(
     *,
     keep: Bool[Array, "*batch H P P"] | Bool[Array, "*batch P P"],
     num_prefix_tokens: int,
+    repair: float | tuple[float, ...] = 0.0,
 ) -> SetEffect:
     """Returns what all interactions outside of ``keep`` do together, to first order.
 
     In one layer the norm is that of the first order: the root of the mean over probes
-    of the squared effect e. In several the first order is ``(sum_l e_l)^2``, which
-    errs in two ways that are mended here (ours, found by measurement):
+    of the squared effect e. In several the first order is ``(sum_l e_l)^2``. But what
+    an early layer loses changes what the later ones do, so that their effects agree
+    less than the gradients of the whole network say. So the products of different
+    layers count by half (ours):
 
-    - What an early layer loses changes what the later ones do, so that their effects
-      agree less than the gradients of the whole network say. The products of different
-      layers count by half.
-    - A patch makes up in later layers for what it lost in earlier ones, by listening
-      again. The gradients count on that, also where the set does not let it listen.
-      With h_i the share of query i's attention that stays, mean over layers and heads,
-      what it loses counts ``1 / sqrt(h_i)`` times.
-
-        norm^2 = mean over probes of (sum_l e_l^2 + (sum_l e_l)^2) / 2,
-        e_l = sum_i u_li . delta_li / sqrt(h_i)
+        norm^2 = mean over probes of (sum_l e_l^2 + (sum_l e_l)^2) / 2
 
     ``effect.sum(1)`` is the plain first order.
+
+    A patch can make up for what it lost by listening again in later layers. The
+    gradients count on that, also where the set does not let it listen. How much it
+    matters differs between models, so it is an exponent to be chosen by real cuts
+    (``repair``): with h_li the share of query i's attention that the set leaves in the
+    layers after l, mean over these and over heads, the norm is that of
+
+        e_l = sum_i h_li^-repair u_li . delta_li
 
     The gradients are those of the network left alone, so that all sets of an image
     share them. One set takes two products of attention and values, and one product of
@@ -93,18 +97,22 @@ def set_effect(
       keep: the interactions between patches that are not cut, ``[..., P, P]`` for all
         heads or ``[..., H, P, P]``. Those with prefix tokens are never cut.
       num_prefix_tokens: as in `knockout_impact`.
+      repair: the exponent above, 0 or more. Several give as many norms, ``[R, ...]``.
 
     Returns:
       The effect of each probe and layer, ``[M, ...]``, and the norm that they predict,
       ``[...]`` without the layers that ``output_kernel`` has in front.
 
     Raises:
-      UsageError: shapes that do not fit, rows that are no distributions, NaN.
+      UsageError: shapes that do not fit, rows that are no distributions, NaN, or an
+        exponent that is negative.
     """
     tokens = checks.count_tokens(attention, num_prefix_tokens)
     checks.check_shapes(attention, values, output_kernel, residual_scale)
     patches = tokens - num_prefix_tokens
     _check_sets(attention, output_kernel, gradients, keep, patches)
+    if np.min(repair) < 0:
+        raise UsageError(f"repair is {repair}, expected exponents of 0 or more.")
     batch, layered = attention.shape[:-3], output_kernel.ndim == 4
     if keep.ndim < attention.ndim:
         keep = keep[..., None, :, :]
@@ -139,13 +147,18 @@ def set_effect(
     moved, stays = lax.map(layer, (*arrays, kernel))
     moved = moved.reshape(gradients.shape[1:])
     by_query = einsum("m...nd,...nd->m...n", gradients, moved)
-    effect = counted = by_query.sum(-1)
-    if layered:
-        # A row that keeps nothing counts as one that keeps one of N equal keys.
-        stays = stays.reshape(moved.shape[:-1]).mean(0)
-        counts = 1 / jnp.sqrt(jnp.maximum(stays, 1 / tokens))
-        counted = einsum("ml...n,...n->ml...", by_query, counts)
-    return SetEffect(join(effect, exponents), _norm(counted, exponents, layered))
+    effect = by_query.sum(-1)
+
+    def norm(exponent):
+        counted = effect
+        if layered and exponent:
+            left = _left_later(stays.reshape(moved.shape[:-1]))
+            counted = einsum("m...n,...n->m...", by_query, left**-exponent)
+        return _norm(counted, exponents, layered)
+
+    several = isinstance(repair, tuple)
+    norms = jnp.stack([norm(r) for r in repair]) if several else norm(repair)
+    return SetEffect(join(effect, exponents), norms)
 
 
 def _displacement(
@@ -173,6 +186,18 @@ def _displacement(
     lost = einsum("hij,hjk->hik", cut, values)
     whole = kept_sum + cut_sum
     return (lost - cut_sum * left) / whole, (kept_sum / whole)[..., 0]
+
+
+def _left_later(stays: Float[Array, "L *images N"]) -> Float[Array, "L *images N"]:
+    """Returns the share of each row's attention that stays, in the layers after each.
+
+    After the last layer all does. A row that keeps nothing counts as one that keeps one
+    of N equal keys.
+    """
+    later = jnp.cumsum(stays[::-1], 0)[::-1] - stays
+    count = jnp.arange(len(stays))[::-1].reshape(-1, *(1,) * (stays.ndim - 1))
+    mean = jnp.where(count > 0, later / jnp.maximum(count, 1), 1.0)
+    return jnp.maximum(mean, 1 / stays.shape[-1])
 
 
 def _norm(effect, exponents, layered):

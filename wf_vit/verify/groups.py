@@ -3,10 +3,13 @@
 Sets of interactions are drawn, of several kinds and shares (`wf_vit.verify.sets`), in
 one layer or in all. Each is really cut, in one forward pass, and how far the output
 moves is compared with what is predicted from the network left alone: by the effect of
-the set (`wf_vit.indicators.set_effect`), and by sums over its interactions. Beside the
-first stands what its rule is made of: the plain first order, in which the effects of
-layers add with their signs; the root of the sum of their squares; and the root of the
-mean of these two squares, where a patch's loss counts alike whatever it still hears.
+the set (`wf_vit.indicators.set_effect`), and by sums over its interactions.
+
+How much patches repair what they lost is a number for each model and share, which is
+chosen by the real cuts of all images but the one that is predicted. Each choice also
+stands on its own. Where several layers are cut, two more stand beside them: the plain
+first order, in which the effects of layers add with their signs, and the root of the
+sum of their squares.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from wf_vit import interventions, measure
@@ -35,9 +38,11 @@ from wf_vit.verify.subject import Case, Estimate, Outcomes, Subject, Summary
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 SCOPES = ("one layer", "all layers")
 OWN = "effect of the set"
-PARTS = ("layers with signs", "layers without signs", "queries alike")
+LAYERS = ("layers with signs", "layers without signs")
+REPAIRS = (0.0, 0.25, 0.5, 0.75)
+FIXED = tuple(f"{OWN}, repair {exponent:g}" for exponent in REPAIRS)
 # What predicts the displacement; the first of them in units of the output.
-IN_UNITS = (OWN, *PARTS, "sum of propagated impact", "root sum of squared impact")
+IN_UNITS = (*FIXED, *LAYERS, "sum of propagated impact", "root sum of squared impact")
 PREDICTORS = (*IN_UNITS, "sum of knockout impact", "sum of attention", "random")
 
 # Sets that are cut in one call.
@@ -101,7 +106,7 @@ class Groups:
                     for cut in cuts
                 ]
                 predicted = {
-                    **dict(zip((OWN, *PARTS), np.array(effects).T, strict=True)),
+                    **dict(zip((*FIXED, *LAYERS), np.array(effects).T, strict=True)),
                     **sums(cuts, impact, np.asarray(knockout.heads[:, 0]), attention),
                     "random": rng.random(len(cuts)),
                 }
@@ -114,13 +119,15 @@ class Groups:
 
     def summarize(self, outcomes: Outcomes, estimate: Estimate) -> Summary:
         """Returns correlations and ratios by scope, predictor and share."""
-        names = {"correlation": PREDICTORS, "ratio": IN_UNITS}
-        return {
-            measure: report.nested(
-                estimate(outcomes[measure].swapaxes(2, 3)), SCOPES, predictors, SHARES
-            )
-            for measure, predictors in names.items()
-        }
+        chosen = chosen_repair(outcomes["correlation"])
+        summary = {}
+        for name, predictors in ("correlation", PREDICTORS), ("ratio", IN_UNITS):
+            numbers = outcomes[name]
+            own = np.take_along_axis(numbers, chosen[..., None], -1)
+            numbers = np.concatenate([own, numbers], -1).swapaxes(2, 3)
+            names = SCOPES, (OWN, *predictors), SHARES
+            summary[name] = report.nested(estimate(numbers), *names)
+        return summary
 
     def tables(self, summary: Summary, images: int) -> Iterator[str]:
         """Yields tables of correlations and of ratios, for one layer and for all."""
@@ -151,6 +158,17 @@ class Groups:
                 aside=("random",),
             ),
         )
+
+
+def chosen_repair(
+    correlation: Float[np.ndarray, "B scopes shares predictors"],
+) -> Int[np.ndarray, "B scopes shares"]:
+    """Returns which of ``REPAIRS`` predicts best in all images but the one in question.
+
+    Ties go to the least, and so does an image that is alone.
+    """
+    known = np.nan_to_num(correlation[..., : len(REPAIRS)])
+    return np.argmax(known.sum(0) - known, -1)
 
 
 class Numbers(NamedTuple):
@@ -274,8 +292,8 @@ def _predict(
     keep: Bool[Array, "L H P P"],
     *,
     model: ViT,
-) -> Float[Array, " 4"]:
-    """Returns how far the output of one image moves, as OWN and as PARTS have it."""
+) -> Float[Array, " predictors"]:
+    """Returns how far one image's output moves, as FIXED and LAYERS have it."""
     projection = output_projection(model, params)
     found = set_effect(
         recording.attention,
@@ -285,8 +303,9 @@ def _predict(
         projection.residual_scale,
         keep=keep[:, None],
         num_prefix_tokens=model.num_prefix_tokens,
+        repair=REPAIRS,
     )
     with_signs = jnp.square(found.effect.sum(1)).mean(0)
     without = jnp.square(found.effect).sum(1).mean(0)
-    parts = jnp.concatenate([with_signs, without, (with_signs + without) / 2])
-    return jnp.concatenate([found.norm, jnp.sqrt(parts)])
+    parts = jnp.concatenate([with_signs, without])
+    return jnp.concatenate([found.norm[:, 0], jnp.sqrt(parts)])
