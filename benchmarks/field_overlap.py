@@ -6,7 +6,8 @@ r"""Do learned fields follow the image? Their overlap with the fields of a teach
 On test images, which no model was trained on. A patch's field is the share --area of
 the grid that it values most: by the teacher's attention, and by the student's
 membership; both mean over heads, or, with --per_head, each head's against that of the
-same index. Their overlap is the intersection over the union, mean over layers, heads
+same index. Without --teacher each student is compared with its own attention, which
+its fields are a part of. Their overlap is the intersection over the union, mean over layers, heads
 and patches. The controls are fields of the same area: random, the nearest patches, and
 the student's own fields on the image before. What the fields have of the image is what
 they overlap beyond the last, which have all the rest: position, layer and size.
@@ -229,14 +230,14 @@ def main(argv: list[str]) -> None:
         "images": len(images),
         "area": _AREA.value,
         "per_head": _PER_HEAD.value,
-        "teacher": _TEACHER.value,
+        "teacher": _TEACHER.value or "each student",
         "overlap": {},
         **({"objects": {}} if _OBJECTS.value else {}),
     }
     for path in _STUDENTS.value:
         student = pretrained.load(path)
         size = student.model.image_size
-        teacher = pretrained.load(_TEACHER.value, image_size=size)
+        teacher = pretrained.load(_TEACHER.value or path, image_size=size)
         measured = measure(
             student,
             teacher,
@@ -258,7 +259,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.sweep.")
     _TEACHER = flags.DEFINE_string(
-        "teacher", None, "Any ViT's checkpoint.", required=True
+        "teacher", "", "Any ViT's checkpoint; '': each student is its own."
     )
     _STUDENTS = flags.DEFINE_list(
         "students", None, "Run folders of WinfTs.", required=True
