@@ -6,11 +6,12 @@ r"""Do learned fields follow the image? Their overlap with the fields of a teach
 On test images, which no model was trained on. A patch's field is the share --area of
 the grid that it values most: by the teacher's attention, and by the student's
 membership; both mean over heads, or, with --per_head, each head's against that of the
-same index. Without --teacher each student is compared with its own attention, which
-its fields are a part of. Their overlap is the intersection over the union, mean over layers, heads
-and patches. The controls are fields of the same area: random, the nearest patches, and
-the student's own fields on the image before. What the fields have of the image is what
-they overlap beyond the last, which have all the rest: position, layer and size.
+same index. Without --teacher each student is compared with its own attention, which its
+fields are a part of. Their overlap is the intersection over the union, mean over
+layers, heads and patches. The controls are fields of the same area: random, the nearest
+patches, and the student's own fields on the image before. What the fields have of the
+image is what they overlap beyond the last, which have all the rest: position, layer and
+size.
 
 With --objects it is also measured which share of the fields of an object's patches lies
 on the object. An object is where the first principal component of the teacher's patch

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from wf_vit.errors import UsageError
@@ -128,6 +127,9 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def _read(folder: Path, choose: Callable | None) -> Stored:
+    # Files of others need none of it, and its import takes a third of a second.
+    import orbax.checkpoint as ocp
+
     size = guards.regular_files(folder)
     json_item = ocp.JsonCheckpointHandler()
     handler = ocp.CompositeCheckpointHandler(
