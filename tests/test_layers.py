@@ -41,6 +41,7 @@ TRAIN = ("tensorflow", "tensorflow_datasets", "clu", "tensorboard")
 # What may not be loaded by importing some modules, directly or through others.
 LIGHT = {
     ("flax", "matplotlib", *TRAIN): ["indicators", "fields", "interventions"],
+    ("orbax",): ["explanation", "models.pretrained"],
     TRAIN: [
         "command",
         "data.augment",
