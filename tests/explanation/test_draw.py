@@ -89,7 +89,7 @@ def test_a_window_free_transformer_shows_learned_beside_measured(
         "measured",
         "",
     ]
-    assert (tmp_path / "figures/field_area_heads.pdf").exists()
+    assert (tmp_path / "figures/field_area_heads.png").exists()
     statistics = json.loads((tmp_path / "statistics.json").read_text())
     assert np.shape(statistics["field_area_heads"]["mean"]) == (LAYERS, HEADS)
     with (tmp_path / "table.csv").open(newline="") as file:
