@@ -178,7 +178,8 @@ class DataConfig:
         "train", "TFDS split specification: train, train[:99%] or train+validation"
     )
     eval: Mapping[str, str] = setting(
-        {"test": "test"}, 'likewise, of each label: {"minival": "train[99%:]", ...}'
+        {"test": "test"},
+        'TFDS split of each evaluation, by its name: {"minival": "train[99%:]", ...}',
     )
     shuffle_buffer: int = setting(
         50_000,

@@ -43,9 +43,9 @@ class FieldConfig:
 
     extents: tuple[float, ...] = setting(
         (1.0,),
-        "patches from the centre to where the membership is one half, of the first "
-        "layer's fields at first, for each head, or fewer to cycle over the heads; 0 "
-        "covers the grid, so that the model starts as a ViT",
+        "how far the fields of the first layer reach at first: patches from the centre "
+        "to where the membership is one half; a number for each head, or fewer, which "
+        "are repeated; 0 covers the grid, so that the model starts as a ViT",
         length=ANY,
         low=0,
         high=10_000,

@@ -17,9 +17,9 @@ KEYS = {
     "model": registry.KEYS,
     "init_from": Setting(
         "",
-        "a checkpoint to start from, whatever wf_vit.models.pretrained.load opens; it "
-        "brings its architecture, and of model the name, fields, drop_path, dtype and "
-        "remat count",
+        "a checkpoint to start from, whatever wf_vit.models.pretrained.load opens; its "
+        "architecture is used, and of model.* only name, fields, drop_path, dtype and "
+        "remat have an effect",
     ),
     "evaluate_checkpoint": Setting(
         "best",
@@ -75,8 +75,8 @@ KEYS = {
         ),
         "area_weight": Setting(
             1.0,
-            "times the even share of its row that an interaction is worth covering; "
-            "it should be 1 or more",
+            "of match=fields: to cover an interaction pays if its share of the row is "
+            "more than this many times the even share, 1 / P; it should be 1 or more",
             low=0,
             high=1e9,
         ),
