@@ -3,6 +3,7 @@ r"""WinfT-S/16 on ImageNet: the plain 90-epoch recipe, window-free attention.
     python main.py --config=configs/windowfree.py --config.task=prepare    # once
     python main.py --config=configs/windowfree.py
     python main.py --config=configs/windowfree.py:runlocal     # 10 steps anywhere
+    python main.py --config=configs/windowfree.py:guided       # taught by a DINOv2
 
 The first command names the two archives of ImageNet that must be downloaded by hand,
 and their folder.
@@ -12,11 +13,13 @@ Kolesnikov, arXiv 2205.01580): batch 1024, inception crop, flips, RandAugment (2
 mixup 0.2, no dropout, mean pooling, fixed positions. For a ViT-S/16 the source reports
 76.5 % top-1 on the validation set after 90 epochs, in 6 to 7 hours on 8 TPU-v3 cores;
 we have not run it, and have no figure for WinfT at this scale yet.
-configs/vit.py is the same recipe with plain attention. To guide the model by what a
-trained one of as many heads attends to (wf_vit/train/guidance.py), for its run in RUN:
+configs/vit.py is the same recipe with plain attention.
 
-    python main.py --config=configs/windowfree.py \
-        --config.guidance.teacher=RUN --config.guidance.weight=1
+With "guided" the published DINOv2 ViT-S/14, which has as many layers, heads and patches
+(at 196 pixels), teaches for the first third of the steps where to look
+(wf_vit/train/guidance.py). It is downloaded, which needs the extra [hub]. Guided steps
+cost about a third more. This was not run either; what guidance gave to small models is
+in results/windowfree. Another teacher is given as --config.guidance.teacher=RUN.
 """
 
 import ml_collections
@@ -25,14 +28,24 @@ from wf_vit.train.config import default_config, set_duration
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
-    """Returns the config; ``mode`` is "" or "runlocal"."""
-    return recipe("windowfree", mode)
+    """Returns the config; ``mode`` is "", "runlocal" or "guided"."""
+    if mode != "guided":
+        return recipe("windowfree", mode)
+    config = recipe("windowfree", "").unlock()
+    config.guidance.teacher = "hf://facebook/dinov2-small"
+    config.guidance.image_size = 196
+    config.guidance.weight = 1.0
+    set_duration(config, "guidance", percent=33)
+    return config.lock()
 
 
 def recipe(model: str, mode: str) -> ml_collections.ConfigDict:
     """Returns the recipe for a model, so that models differ in nothing else."""
     if mode not in ("", "runlocal"):
-        raise ValueError(f"The config's argument is {mode!r}, expected 'runlocal'.")
+        raise ValueError(
+            f"The config's argument is {mode!r}, expected 'runlocal' (or 'guided', of "
+            "configs/windowfree.py)."
+        )
     runlocal = mode == "runlocal"
     config = default_config(model, "mu/16" if runlocal else "S/16")
 

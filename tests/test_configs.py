@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {
     "digits": ["windowfree", "vit"],
     "cifar10": ["windowfree", "vit"],
-    "windowfree": ["", "runlocal"],
+    "windowfree": ["", "runlocal", "guided"],
     "vit": ["", "runlocal"],
     "finetune": [
         "caltech_birds2011",
@@ -114,6 +114,19 @@ def test_guided_imagenet_recipe_runs_on_mock_data(tmp_path):
     rows = [row for row in read_jsonl(tmp_path) if "train/guidance_loss" in row]
     assert rows[0]["train/guidance_loss"] > 0
     assert rows[0]["train/attention_divergence"] > 0
+
+
+def test_the_published_teacher_fits_the_student():
+    """Its layers, heads and patches are those of facebook/dinov2-small."""
+    config = load("windowfree", "guided")
+    student = registry.create_model(
+        ModelConfig.of(config.model), num_classes=10, image_size=config.data.image_size
+    )
+    assert (student.depth, student.num_heads) == (12, 6)
+    side = config.guidance.image_size // 14
+    assert student.grid == (side, side)
+    steps = durations(config, num_train=1_024_000)
+    assert steps.guidance == round(0.33 * 90 * 1000)
 
 
 @pytest.mark.parametrize(
