@@ -265,6 +265,8 @@ def test_the_range_of_float32_is_enough(scale):
         ({"gradients": np.full((2, 8, 8), np.nan, np.float32)}, "gradients .* NaN"),
         ({"num_prefix_tokens": 8}, "leaves no patches"),
         ({"repair": (0.5, -0.5)}, r"repair is \(0.5, -0.5\)"),
+        ({"repair": ()}, r"repair is \(\)"),
+        ({"repair": float("nan")}, "repair is nan"),
     ],
 )
 def test_says_what_does_not_fit(no_type_checks, change, message):

@@ -104,15 +104,17 @@ def set_effect(
       ``[...]`` without the layers that ``output_kernel`` has in front.
 
     Raises:
-      UsageError: shapes that do not fit, rows that are no distributions, NaN, or an
-        exponent that is negative.
+      UsageError: shapes that do not fit, rows that are no distributions, NaN, or no
+        exponent of 0 or more.
     """
     tokens = checks.count_tokens(attention, num_prefix_tokens)
     checks.check_shapes(attention, values, output_kernel, residual_scale)
     patches = tokens - num_prefix_tokens
     _check_sets(attention, output_kernel, gradients, keep, patches)
-    if np.min(repair) < 0:
-        raise UsageError(f"repair is {repair}, expected exponents of 0 or more.")
+    if not (np.size(repair) and np.all(np.greater_equal(repair, 0))):
+        raise UsageError(
+            f"repair is {repair}, expected an exponent of 0 or more, or a tuple of them."
+        )
     batch, layered = attention.shape[:-3], output_kernel.ndim == 4
     if keep.ndim < attention.ndim:
         keep = keep[..., None, :, :]
