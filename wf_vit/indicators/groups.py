@@ -113,7 +113,8 @@ def set_effect(
     _check_sets(attention, output_kernel, gradients, keep, patches)
     if not (np.size(repair) and np.all(np.greater_equal(repair, 0))):
         raise UsageError(
-            f"repair is {repair}, expected an exponent of 0 or more, or a tuple of them."
+            f"repair is {repair}, expected an exponent of 0 or more, or several "
+            "in a tuple."
         )
     batch, layered = attention.shape[:-3], output_kernel.ndim == 4
     if keep.ndim < attention.ndim:
