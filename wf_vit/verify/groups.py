@@ -136,16 +136,21 @@ class Groups:
             "image, of what is predicted and what cutting the whole set does."
         )
         for scope, by_predictor in summary["correlation"].items():
-            yield report.rows(f"cut in {scope}", by_predictor, "correlation")
+            shown = _distinct(scope, by_predictor)
+            yield report.rows(f"cut in {scope}", shown, "correlation")
         yield "Predicted over real displacement, median over the sets of an image:"
         for scope, by_predictor in summary["ratio"].items():
             head = f"cut in {scope}, ratio"
-            yield report.rows(head, by_predictor, "ratio", bold=False)
+            shown = _distinct(scope, by_predictor)
+            yield report.rows(head, shown, "ratio", bold=False)
 
     def figures(self, summary: Summary) -> Iterator[tuple[str, Figure]]:
         """Yields one figure over the shares, with a panel for each scope."""
+        shown = [name for name in (OWN, *PREDICTORS) if name not in FIXED + LAYERS]
         panels = {
-            f"cut in {scope}": report.over_shares(by_predictor, "correlation")
+            f"cut in {scope}": report.over_shares(
+                {name: by_predictor[name] for name in shown}, "correlation"
+            )
             for scope, by_predictor in summary["correlation"].items()
         }
         yield (
@@ -158,6 +163,12 @@ class Groups:
                 aside=("random",),
             ),
         )
+
+
+def _distinct(scope: str, by_predictor: Summary) -> Summary:
+    """Leaves out what is the same by definition, where one layer is cut."""
+    same = FIXED + LAYERS if scope == SCOPES[0] else ()
+    return {name: rows for name, rows in by_predictor.items() if name not in same}
 
 
 def chosen_repair(
