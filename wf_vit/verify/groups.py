@@ -5,11 +5,10 @@ one layer or in all. Each is really cut, in one forward pass, and how far the ou
 moves is compared with what is predicted from the network left alone: by the effect of
 the set (`wf_vit.indicators.set_effect`), and by sums over its interactions.
 
-How much patches repair what they lost is a number for each model and share, which is
-chosen by the real cuts of all images but the one that is predicted. Each choice also
-stands on its own. Where several layers are cut, two more stand beside them: the plain
-first order, in which the effects of layers add with their signs, and the root of the
-sum of their squares.
+How much patches repair what they lost (``repair``) is chosen for each image and share,
+by the real cuts of all other images. Each exponent also has a row of its own. Where
+several layers are cut, so have the plain first order, in which the effects of layers
+add with their signs, and the root of the sum of their squares.
 """
 
 from collections.abc import Iterator, Sequence
@@ -166,7 +165,7 @@ class Groups:
 
 
 def _distinct(scope: str, by_predictor: Summary) -> Summary:
-    """Leaves out what is the same by definition, where one layer is cut."""
+    """Leaves out rows that cannot differ from the first, where one layer is cut."""
     same = FIXED + LAYERS if scope == SCOPES[0] else ()
     return {name: rows for name, rows in by_predictor.items() if name not in same}
 
@@ -176,7 +175,7 @@ def chosen_repair(
 ) -> Int[np.ndarray, "B scopes shares"]:
     """Returns which of ``REPAIRS`` predicts best in all images but the one in question.
 
-    Ties go to the least, and so does an image that is alone.
+    The least wins a tie, and wherever there is one image only.
     """
     known = np.nan_to_num(correlation[..., : len(REPAIRS)])
     return np.argmax(known.sum(0) - known, -1)

@@ -278,7 +278,7 @@ def _checked(own: Checkpoint) -> Checkpoint:
 def _shapes(model: ViT) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a model's parameters, by flat name.
 
-    Only one block is traced, which is most of the time of a load: all are alike.
+    Only one block is traced, since all are alike: tracing takes most of a load.
     """
     shallow = model.clone(depth=min(model.depth, 1))
     shapes = {}
