@@ -23,6 +23,7 @@ from absl import app, flags
 from jaxtyping import Int, UInt8
 
 from benchmarks import sweep
+from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.windowfree import FieldViT
@@ -33,11 +34,10 @@ SCALED, LEFT = "scaled with the grid", "left as they are, in patches"
 BATCH_SIZE = 250
 
 
-def models(run: str, factor: float) -> Iterator[tuple[str, Pretrained]]:
-    """Yields a run's model for images of another size, with each kind of fields."""
-    loaded = pretrained.load(run)
-    height, width = (round(factor * side) for side in loaded.model.image_size)
-    resized = loaded.resized((height, width))
+def models(loaded: Pretrained, grid: Grid) -> Iterator[tuple[str, Pretrained]]:
+    """Yields a model for another grid of patches, with each kind of fields."""
+    height, width = loaded.model.patch_size
+    resized = loaded.resized((grid[0] * height, grid[1] * width))
     if not isinstance(resized.model, FieldViT):
         yield "", resized
         return
@@ -69,8 +69,11 @@ def evaluate(
     """Returns a row for each run and kind of fields: top-1 by factor of the size."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for run in runs:
+        trained = pretrained.load(run)
+        height, width = trained.model.grid
         for factor in factors:
-            for fields, loaded in models(run, factor):
+            grid = round(factor * height), round(factor * width)
+            for fields, loaded in models(trained, grid):
                 found = rows.setdefault((run, fields), {})
                 found[f"{factor:g}"] = top1(loaded, *split)
     return [
