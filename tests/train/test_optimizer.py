@@ -97,6 +97,61 @@ def test_layers_and_fields_scale_the_whole_update():
         np.testing.assert_allclose(scaled[kernel], whole[kernel] * fields, rtol=1e-6)
 
 
+def gradients_of(params):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, noise)
+
+
+def test_muon_makes_updates_of_block_kernels_orthogonal_and_no_others():
+    params = params_of(winft())
+    gradients = gradients_of(params)
+    settings = {"weight_decay": 0.3, "clip_norm": 0.0}
+    plain = updates_of(params, gradients, **settings)
+    found = updates_of(params, gradients, name="muon", **settings)
+    kernels, slopes = map(traverse_util.flatten_dict, (params, gradients))
+    # Heads are joined.
+    shapes = dict.fromkeys(("query", "key", "value", "out"), (32, 32))
+    shapes |= {"up": (32, 128), "down": (128, 32)}
+    matrices = {
+        names: shapes[names[-2]]
+        for names in found
+        if names[-1] == "kernel" and names[-2] in shapes
+    }
+    assert len(matrices) == 2 * 6
+    for names, update in found.items():
+        if names not in matrices:
+            np.testing.assert_allclose(update, plain[names], rtol=1e-5, atol=1e-9)
+            continue
+        shape = matrices[names]
+        # Without decay, in units of 0.2 learning rates times a root of the longer side.
+        step = -(update + RATE * 0.3 * kernels[names]).reshape(shape)
+        step /= RATE * 0.2 * np.sqrt(max(shape))
+        values = np.linalg.svd(step, compute_uv=False)
+        # Five rounds bring all but the smallest close to 1.
+        assert np.quantile(values, 0.1) > 0.6, names
+        assert values.max() < 1.3, names
+        assert (step * slopes[names].reshape(shape)).sum() > 0, names
+
+
+def test_layers_scale_the_update_of_muon():
+    params = params_of(winft())
+    gradients = gradients_of(params)
+    whole = updates_of(params, gradients, name="muon")
+    scaled = updates_of(params, gradients, name="muon", layer_decay=0.5)
+    rates = optimizer.relative_rates(OptimizerConfig(layer_decay=0.5), 2)
+    groups = traverse_util.flatten_dict(optimizer.group_names(params))
+    for names, update in whole.items():
+        expected = rates[groups[names]] * update
+        np.testing.assert_allclose(scaled[names], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(UsageError, match="'sgd': expected one of 'adamw', 'muon'"):
+        OptimizerConfig(name="sgd")
+
+
 def test_adam_sees_the_gradient_of_wide_fields():
     """Gradients of 1e-10 move wide fields by the whole rate, and nothing else."""
     params = params_of(winft())

@@ -1,11 +1,13 @@
-"""The learning rate over the steps, and AdamW for groups of parameters."""
+"""The learning rate over the steps, and AdamW or Muon for groups of parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
+from optax.contrib import MuonDimensionNumbers, muon
 
 from wf_vit import settings
 from wf_vit.models.attention import FIELD_NAMES
@@ -20,15 +22,34 @@ _EPSILON = 1e-8
 # clipping divides it by the norm of all others: Adam's own epsilon would hide it.
 _WIDE_FIELDS_EPSILON = 1e-14
 
+ADAMW, MUON = "adamw", "muon"
+# The root mean square of Muon's updates, in learning rates: about that of AdamW's, so
+# that a rate and a decay suit both (arXiv 2502.16982).
+_MUON_RMS = 0.2
+# Whose kernels are [D, H, K].
+_TO_HEADS = ("query", "key", "value")
+
+KeyPath = Sequence[jax.tree_util.DictKey]
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The settings of AdamW (arXiv 1711.05101), ``config.optimizer``.
+    """The settings of the optimizer, ``config.optimizer``.
+
+    AdamW is that of arXiv 1711.05101. Muon (Jordan, 2024) makes the update of a matrix
+    orthogonal, which moves all directions alike; here with optax's momentum of 0.95
+    and updates as large as AdamW's (arXiv 2502.16982).
 
     Raises:
       UsageError: a value is out of its range.
     """
 
+    name: str = setting(
+        ADAMW,
+        "muon: for the kernels of attention and MLPs, and AdamW for all else",
+        kind=str,
+        choices=(ADAMW, MUON),
+    )
     learning_rate: float = setting(
         1e-3, "at its peak, after the warm-up", low=0, high=1e6
     )
@@ -38,8 +59,12 @@ class OptimizerConfig:
         low=0,
         high=1e6,
     )
-    b1: float = setting(0.9, "decay of the mean of the gradient", low=0, below=1)
-    b2: float = setting(0.999, "decay of the mean of its square", low=0, below=1)
+    b1: float = setting(
+        0.9, "AdamW's decay of the mean of the gradient", low=0, below=1
+    )
+    b2: float = setting(
+        0.999, "AdamW's decay of the mean of its square", low=0, below=1
+    )
     clip_norm: float = setting(
         1.0,
         "largest norm of the gradient; 0: no clipping",
@@ -83,7 +108,7 @@ def make_optimizer(
     depth: int,
     wide_fields: bool = False,
 ) -> optax.GradientTransformation:
-    """Returns AdamW behind a clipping of the global norm.
+    """Returns AdamW, or Muon with AdamW, behind a clipping of the global norm.
 
     Each group of parameters (``group_names``) has its own rate (``relative_rates``).
 
@@ -96,32 +121,55 @@ def make_optimizer(
     rates = relative_rates(config, depth)
     epsilons = {"fields": _WIDE_FIELDS_EPSILON} if wide_fields else {}
 
-    def adamw(epsilon: float, rate: float) -> optax.GradientTransformation:
-        transform = optax.adamw(
-            learning_rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
-        return transform if rate == 1 else optax.chain(transform, optax.scale(rate))
+    def transform(kind: str, epsilon: float, rate: float):
+        if kind == MUON:
+            made = muon(
+                learning_rate,
+                weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=matrix_axes,
+                consistent_rms=_MUON_RMS,
+            )
+        else:
+            made = optax.adamw(
+                learning_rate,
+                b1=config.b1,
+                b2=config.b2,
+                eps=epsilon,
+                weight_decay=config.weight_decay,
+                mask=decay_mask,
+            )
+        return made if rate == 1 else optax.chain(made, optax.scale(rate))
+
+    plain = {
+        name: (ADAMW, epsilons.get(name, _EPSILON), rate)
+        for name, rate in rates.items()
+    }
+    matrices = dict(plain)
+    if config.name == MUON:
+        blocks = [name for name in rates if name.startswith(_BLOCK)]
+        matrices |= {name: (MUON, _EPSILON, rates[name]) for name in blocks}
+
+    def label(path: KeyPath, leaf: Array) -> str:
+        of_kind = plain if _axes(path, leaf) is None else matrices
+        return _label(*of_kind[_group(path)])
 
     # Groups of equal settings are one.
-    settings = {name: (epsilons.get(name, _EPSILON), rates[name]) for name in rates}
-    distinct = {str(setting): setting for setting in settings.values()}
+    distinct = {_label(*x): x for x in [*plain.values(), *matrices.values()]}
     if len(distinct) == 1:
-        update = adamw(*settings["rest"])
+        update = transform(*plain["rest"])
     else:
         update = optax.partition(
-            {label: adamw(*setting) for label, setting in distinct.items()},
-            lambda params: jax.tree.map(
-                lambda name: str(settings[name]), group_names(params)
-            ),
+            {name: transform(*setting) for name, setting in distinct.items()},
+            functools.partial(jax.tree_util.tree_map_with_path, label),
         )
     if not config.clip_norm:
         return update
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _label(kind: str, epsilon: float, rate: float) -> str:
+    """Names settings, in the states of optimizers that runs have saved, too."""
+    return str((epsilon, rate)) if kind == ADAMW else str((kind, rate))
 
 
 def relative_rates(config: OptimizerConfig, depth: int) -> dict[str, float]:
@@ -143,16 +191,33 @@ def group_names(params: Params) -> PyTree[str]:
     Returns:
       "fields", "embedding", "blocks_0" to "blocks_<L - 1>", or "rest".
     """
+    return jax.tree_util.tree_map_with_path(lambda path, _: _group(path), params)
 
-    def group(path: Sequence[jax.tree_util.DictKey]) -> str:
-        names = [entry.key for entry in path]
-        if any(name in FIELD_NAMES for name in names):
-            return "fields"
-        if names[0] in _EMBEDDING:
-            return "embedding"
-        return names[0] if names[0].startswith(_BLOCK) else "rest"
 
-    return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
+def _group(path: KeyPath) -> str:
+    names = [entry.key for entry in path]
+    if any(name in FIELD_NAMES for name in names):
+        return "fields"
+    if names[0] in _EMBEDDING:
+        return "embedding"
+    return names[0] if names[0].startswith(_BLOCK) else "rest"
+
+
+def matrix_axes(params: Params) -> PyTree[MuonDimensionNumbers | None]:
+    """Returns which axes of each kernel of a block are a matrix's, for Muon.
+
+    The heads of attention are one matrix: query, key and value map [D] to [H, K], and
+    the output maps [H, K] back. None for all other parameters, those of fields too.
+    """
+    return jax.tree_util.tree_map_with_path(_axes, params)
+
+
+def _axes(path: KeyPath, leaf: Array) -> MuonDimensionNumbers | None:
+    if not _group(path).startswith(_BLOCK) or path[-1].key != "kernel":
+        return None
+    outputs = 2 if path[-2].key in _TO_HEADS else 1
+    split = leaf.ndim - outputs
+    return MuonDimensionNumbers(tuple(range(split)), tuple(range(split, leaf.ndim)))
 
 
 def decay_mask(params: Params) -> PyTree[bool]:
