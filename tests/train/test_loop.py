@@ -49,7 +49,9 @@ def stop_after(config, steps):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch, optimizer):
+    digits_config.optimizer.name = optimizer
     loop.train(digits_config, tmp_path / "whole")
     reporter, interrupted = stop_after(digits_config, 2)
     with monkeypatch.context() as patch:
