@@ -15,6 +15,9 @@ mixup 0.2, no dropout, mean pooling, fixed positions. For a ViT-S/16 the source 
 we have not run it, and have no figure for WinfT at this scale yet.
 configs/vit.py is the same recipe with plain attention.
 
+With --config.optimizer.name=muon small models learned much faster on CIFAR-10
+(results/windowfree); at this size that was not run.
+
 With "guided" the published DINOv2 ViT-S/14, which has as many layers, heads and patches
 (at 196 pixels), teaches for the first third of the steps where to look
 (wf_vit/train/guidance.py). It is downloaded, which needs the extra [hub]. Guided steps
