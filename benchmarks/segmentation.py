@@ -8,8 +8,8 @@ The models are not trained again. A photograph of 480 x 360 pixels is resized to
 size at which its patches fill a grid of --grids; position tables and fields follow the
 grid, and beside that fields are left as many patches wide as they are
 (``benchmarks.resolution``). One linear layer learns the share of each class in each
-patch, of the 367 training photographs, by L-BFGS to convergence. On the 233 test
-photographs its logits are enlarged to the size of the labels; each pixel gets the
+patch, of the 367 training photographs, by L-BFGS. On the 233 test photographs its
+logits are enlarged to the size of the labels; each pixel gets the
 largest. Mean intersection over union of the 11 classes (Brostow et al., Pattern
 Recognition Letters 30, 2009; the split and the classes of Badrinarayanan et al.,
 arXiv 1511.00561). Pixels without a class do not count. Writes OUTPUT.json and
@@ -52,7 +52,7 @@ CLASSES = (
     "pedestrian",
     "bicyclist",
 )
-# Only against weights that grow without end: there are 1,000 patches a weight or more.
+# Only against weights that grow without end: there are far more patches than weights.
 DECAY = 1e-6
 MOST_STEPS, TOLERANCE = 300, 1e-3
 
@@ -167,7 +167,10 @@ class Probe(NamedTuple):
 
 @jax.jit
 def fit(tokens: Float[Array, "P D"], shares: Float[Array, "P classes"]) -> Probe:
-    """Returns the probe of the least cross-entropy, to a gradient norm of TOLERANCE."""
+    """Returns the probe of the least cross-entropy.
+
+    It stops at a gradient norm of TOLERANCE, or after MOST_STEPS.
+    """
 
     def loss(probe):
         entropy = -(shares * jax.nn.log_softmax(probe.logits(tokens))).sum()

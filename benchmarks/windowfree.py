@@ -7,9 +7,9 @@ All seeds of a variant train in one program on one device (``benchmarks.sweep``)
 TensorFlow is needed. A variant that is done is in OUTPUT/results.json, and is skipped,
 so that the command can be repeated; then OUTPUT/summary.md is made of all that are
 there. One command at a time writes to a folder. Each leaves a run folder,
-OUTPUT/runs/NAME, of its first seed: for teachers, benchmarks.field_overlap and
-benchmarks.resolution. --teachers names the folder of the teachers, so that
-a teacher can train for longer than its students:
+OUTPUT/runs/NAME, of its first seed: for teachers, benchmarks.field_overlap,
+benchmarks.resolution and benchmarks.segmentation. --teachers names the folder of the
+teachers, so that a teacher can train for longer than its students:
 
     python -m benchmarks.windowfree ... --output=results/teachers --seeds=0 \
         --variants=vit,winft --config.total_epochs=48
