@@ -121,7 +121,9 @@ def make_optimizer(
     rates = relative_rates(config, depth)
     epsilons = {"fields": _WIDE_FIELDS_EPSILON} if wide_fields else {}
 
-    def transform(kind: str, epsilon: float, rate: float):
+    def transform(
+        kind: str, epsilon: float, rate: float
+    ) -> optax.GradientTransformation:
         if kind == MUON:
             made = muon(
                 learning_rate,
@@ -140,6 +142,7 @@ def make_optimizer(
             )
         return made if rate == 1 else optax.chain(made, optax.scale(rate))
 
+    # The settings of each group: of its matrices, and of all else in it.
     plain = {
         name: (ADAMW, epsilons.get(name, _EPSILON), rate)
         for name, rate in rates.items()
@@ -168,7 +171,7 @@ def make_optimizer(
 
 
 def _label(kind: str, epsilon: float, rate: float) -> str:
-    """Names settings, in the states of optimizers that runs have saved, too."""
+    """Names settings. Saved states of optimizers have these names: they must stay."""
     return str((epsilon, rate)) if kind == ADAMW else str((kind, rate))
 
 
