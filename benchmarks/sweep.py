@@ -35,10 +35,11 @@ from wf_vit.data.config import DataConfig, DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
 from wf_vit.models.attention import DROPPED
+from wf_vit.models.pretrained.stored import Stored
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Key, Params
 from wf_vit.train import parallel, steps
-from wf_vit.train.checkpoint import Checkpoints
+from wf_vit.train.checkpoint import Checkpoints, restored
 from wf_vit.train.config import resolve
 from wf_vit.train.state import TrainState, init_state
 
@@ -242,13 +243,17 @@ class Sweep:
         )
         self._evaluation = self._make_evaluation(training.model)
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Trains to the end; yields figures, a list over seeds, at each evaluation."""
+    def run(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Trains to the end; yields the epochs that are done, after each of them.
+
+        With it comes, where the runs were evaluated, a row of figures, which are lists
+        over the seeds; else None.
+        """
         durations = self.training.durations
         epochs = round(durations.total / self._steps_per_epoch)
         every = max(round(durations.eval / self._steps_per_epoch), 1)
         start, images = time.perf_counter(), 0
-        for epoch in range(1, epochs + 1):
+        for epoch in range(self._step() // self._steps_per_epoch + 1, epochs + 1):
             self.states, metrics = self._epoch(
                 self.states,
                 self.seeds,
@@ -256,13 +261,16 @@ class Sweep:
                 self._train,
                 self.training.teacher_params,
             )
+            jax.block_until_ready(metrics)
             images += metrics["loss"].size * self._config.batch_size
             if epoch % every and epoch != epochs:
+                yield epoch, None
                 continue
             row = {f"train/{k}": v.mean(1).tolist() for k, v in metrics.items()}
             speed = images / (time.perf_counter() - start)
             scores = self._scores(self._evaluation)
-            yield {"epoch": epoch, **row, **scores, "train_images_per_second": speed}
+            row = {"epoch": epoch, **row, **scores, "train_images_per_second": speed}
+            yield epoch, row
             start, images = time.perf_counter(), 0
 
     def hard(self, threshold: float) -> dict[str, Any]:
@@ -320,6 +328,27 @@ class Sweep:
 
         return jax.jit(over_seeds(evaluate, (0, None)))
 
+    def save(self, folder: Path, meta: dict[str, Any]) -> None:
+        """Saves the runs after an epoch, so that `restore` can go on from there.
+
+        Args:
+          folder: of these runs alone.
+          meta: JSON-serialisable.
+        """
+        whole = self.states.replace(step=np.int32(self._step()))
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(whole, meta, None)
+
+    def restore(self, saved: Stored) -> None:
+        """Goes on from what `save` left, which `newest` reads.
+
+        Raises:
+          UsageError: it is of other runs.
+        """
+        states = restored(saved, self.states.replace(step=np.int32(0)))
+        step = jnp.broadcast_to(states.step, self.states.step.shape)
+        self.states = states.replace(step=step)
+
     def save_run(self, folder: Path) -> None:
         """Leaves the first seed as a run folder, as main.py does."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,8 +360,24 @@ class Sweep:
     def first_state(self) -> TrainState:
         """Returns the parameters of the first seed, without the optimizer's state."""
         first = jax.tree.map(lambda leaf: leaf[0], self.states.eval_params)
-        step = self.states.step.reshape(-1)[0]
+        step = jnp.asarray(self._step(), jnp.int32)
         return TrainState(step=step, params=first, opt_state={}, ema_params=None)
+
+    def _step(self) -> int:
+        """Returns the steps that are done, by every seed."""
+        return int(self.states.step.reshape(-1)[0])
+
+
+def newest(folder: Path) -> Stored | None:
+    """Reads what `Sweep.save` left in a folder last; None if there is nothing.
+
+    Raises:
+      UsageError: it is damaged.
+    """
+    if not folder.exists():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.newest()
 
 
 def forward_flops(model: ViT) -> float:

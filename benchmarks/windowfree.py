@@ -4,9 +4,15 @@ r"""WinfT against ViT and every control: variants, seeds, and a table.
     python -m benchmarks.windowfree --data=cifar10.npz --output=results/windowfree
 
 All seeds of a variant train in one program on one device (``benchmarks.sweep``). No
-TensorFlow is needed. A variant that is done is in OUTPUT/results.json, and is skipped,
-so that the command can be repeated; then OUTPUT/summary.md is made of all that are
-there. One command at a time writes to a folder. Each leaves a run folder,
+TensorFlow is needed. A variant that is done is in OUTPUT/results.json, and is skipped;
+then OUTPUT/summary.md is made of all that are there. One that is not done is saved at
+each evaluation and at a stop, by SIGTERM, Ctrl-C or --minutes. The same command goes on
+from there, and ends with the same figures. The exit status of a stop is 75, so that
+this trains in pieces of nine minutes until all is done:
+
+    while python -m benchmarks.windowfree ... --minutes=9; [ $? = 75 ]; do :; done
+
+One command at a time writes to a folder. Each variant leaves a run folder,
 OUTPUT/runs/NAME, of its first seed: for teachers, benchmarks.field_overlap,
 benchmarks.resolution and benchmarks.segmentation. --teachers names the folder of the
 teachers, so that a teacher can train for longer than its students:
@@ -24,8 +30,11 @@ For a sweep of a setting over all variants, override it and name another --outpu
 """
 
 import json
+import shutil
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +44,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import sweep
+from wf_vit import stops
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.runs import DIRECTORY
 from wf_vit.models.windowfree import FieldViT
 from wf_vit.workdir import replacing
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
-_DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.sweep.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_VARIANTS = flags.DEFINE_list("variants", None, "Of VARIANTS; all by default.")
-_SEEDS = flags.DEFINE_list("seeds", "0,1,2", "All are trained in one program.")
-_TRAIN = flags.DEFINE_integer("train_images", 0, "Use the first so many; 0: all.")
-_TEST = flags.DEFINE_integer("test_images", 0, "Use the first so many; 0: all.")
-_TEACHERS = flags.DEFINE_string(
-    "teachers", None, "Run folders of the teachers; OUTPUT/runs by default."
-)
-_MINUTES = flags.DEFINE_float("minutes", 0, "Begin no variant after these; 0: all.")
 
 # Thresholds at which a model with fields is evaluated in hard mode, in the end.
 HARD = (0.05, 0.25, 0.5)
@@ -117,20 +115,44 @@ def configure(
     return config
 
 
+def settings_of(
+    config: ml_collections.ConfigDict, seeds: list[int], data: dict[str, sweep.OnDevice]
+) -> dict[str, Any]:
+    """Returns what decides how a variant ends, in terms of JSON."""
+    return {
+        "seeds": seeds,
+        "train_images": len(data["train"].labels),
+        "test_images": len(data["test"].labels),
+        "config": json.loads(config.to_json_best_effort()),
+    }
+
+
 def check_settings(
-    name: str, earlier: dict[str, Any], config: ml_collections.ConfigDict
+    name: str, earlier: dict[str, Any], now: dict[str, Any], remedy: str
 ) -> None:
-    """Raises UsageError if a result has another config; evaluations may differ."""
-    now = json.loads(config.to_json_best_effort())
+    """Raises UsageError if something was done with other settings.
+
+    How often and in which batches it is evaluated may differ.
+
+    Args:
+      name: of the variant.
+      earlier: ``settings_of`` what was done.
+      now: likewise, of what is to be done.
+      remedy: what to do besides naming another folder.
+    """
+    before, after = (
+        {**{k: s[k] for k in now if k != "config"}, **s["config"]}
+        for s in (earlier, now)
+    )
     changed = [
-        f"{key} was {earlier.get(key)} and is now {now.get(key)}"
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and not key.startswith("eval_")
+        f"{key} was {before.get(key)} and is now {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith("eval_")
     ]
     if changed:
         raise UsageError(
-            f"The result of {name!r} has other settings: {'; '.join(changed)}. Name "
-            "another --output, or take the variant out of results.json."
+            f"{name!r} was run with other settings: {'; '.join(changed)}. Name another "
+            f"--output, or {remedy}."
         )
 
 
@@ -141,16 +163,51 @@ def run_variant(
     class_names: tuple[str, ...],
     folder: Path,
     name: str,
-) -> dict[str, Any]:
-    """Trains a variant; returns what its JSON holds."""
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Trains a variant, from where it was stopped; returns what its JSON holds.
+
+    Args:
+      config: of the variant.
+      seeds: all are trained.
+      data: by split, "train" and "test".
+      class_names: of the data.
+      folder: where the variant leaves its run folder, and what it needs to go on.
+      name: of the variant.
+      stopping: is asked after each epoch whether to stop.
+
+    Returns:
+      None if it was stopped.
+
+    Raises:
+      UsageError: it was stopped with other settings.
+    """
     started = time.perf_counter()
+    settings = settings_of(config, seeds, data)
     runs = sweep.Sweep(config, seeds, data["train"], data["test"], class_names)
-    rows = []
-    for row in runs.run():
-        rows.append(row)
-        top1 = " ".join(f"{100 * value:.2f}" for value in row["test/top1"])
-        speed = row["train_images_per_second"]
-        print(f"{name}  epoch {row['epoch']}  {top1} %  {speed:.0f} images/s")
+    unfinished = folder / "unfinished" / name
+    rows, seconds = [], 0.0
+    if saved := sweep.newest(unfinished):
+        check_settings(name, saved.meta, settings, f"remove {unfinished}")
+        runs.restore(saved)
+        rows, seconds = saved.meta["rows"], saved.meta["seconds"]
+
+    def spent() -> float:
+        return seconds + time.perf_counter() - started
+
+    for epoch, row in runs.run():
+        if row:
+            rows.append(row)
+            top1 = " ".join(f"{100 * value:.2f}" for value in row["test/top1"])
+            speed = row["train_images_per_second"]
+            print(f"{name}  epoch {epoch}  {top1} %  {speed:.0f} images/s", flush=True)
+        stop = stopping()
+        if row or stop:
+            meta = {**settings, "rows": rows, "seconds": spent()}
+            runs.save(unfinished, meta)
+        if stop:
+            print(f"{name}  epoch {epoch}  stopped, and saved in {unfinished}.")
+            return None
     runs.save_run(folder / "runs" / name)
     fielded = isinstance(runs.training.model, FieldViT)
     hard = [runs.hard(threshold) for threshold in HARD if fielded]
@@ -159,17 +216,14 @@ def run_variant(
     return {
         "variant": name,
         "changes": VARIANTS[name],
-        "seeds": seeds,
         "parameters": sum(x[0].size for x in jax.tree.leaves(runs.states.params)),
         "flops": sweep.forward_flops(runs.training.model),
         "train_images_per_second": statistics.median(speeds),
-        "seconds": time.perf_counter() - started,
+        "seconds": spent(),
         "device": jax.devices()[0].device_kind,
-        "train_images": len(data["train"].labels),
-        "test_images": len(data["test"].labels),
         "rows": rows,
         "hard": hard,
-        "config": json.loads(config.to_json_best_effort()),
+        **settings,
     }
 
 
@@ -247,6 +301,7 @@ def main(argv: list[str]) -> None:
     """Runs the variants that are not done, and sums up."""
     del argv
     logging.set_verbosity(logging.ERROR)
+    started = time.perf_counter()
     folder = Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     teachers = Path(_TEACHERS.value or folder / "runs")
@@ -258,23 +313,57 @@ def main(argv: list[str]) -> None:
     }
     path = folder / "results.json"
     results = read_results(path)
-    started = time.perf_counter()
-    for name in _VARIANTS.value or VARIANTS:
-        config = configure(_CONFIG.value, name, teachers)
-        if name in results:
-            check_settings(name, results[name]["config"], config)
-            print(f"{name}: done, in {path}.")
-            continue
-        if _MINUTES.value and time.perf_counter() - started > 60 * _MINUTES.value:
-            print(f"{name}: left for the next time.")
-            continue
-        results[name] = run_variant(config, seeds, data, class_names, folder, name)
-        write_results(path, results)
-    if results:
-        summary = table(summarize(results))
-        (folder / "summary.md").write_text(summary)
-        print(summary)
+
+    def stopping() -> bool:
+        spent = time.perf_counter() - started
+        return bool(stops.asked()) or 0 < 60 * _MINUTES.value < spent
+
+    stopped = False
+    try:
+        with stops.handled(), stops.deferred("What was finished is kept."):
+            for name in _VARIANTS.value or VARIANTS:
+                config = configure(_CONFIG.value, name, teachers)
+                if name in results:
+                    now = settings_of(config, seeds, data)
+                    remedy = f"take the variant out of {path}"
+                    check_settings(name, results[name], now, remedy)
+                    print(f"{name}: done, in {path}.")
+                    continue
+                stopped = stopped or stopping()
+                if stopped:
+                    print(f"{name}: left for the next time.")
+                    continue
+                result = run_variant(
+                    config, seeds, data, class_names, folder, name, stopping
+                )
+                stopped = result is None
+                if result is not None:
+                    results[name] = result
+                    write_results(path, results)
+                    shutil.rmtree(folder / "unfinished" / name)
+            if results:
+                summary = table(summarize(results))
+                (folder / "summary.md").write_text(summary)
+                print(summary)
+    except stops.Stopped as stop:
+        stopped = True
+        print(stop)
+    if stopped:
+        sys.exit(stops.STATUS)
 
 
 if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
+    _DATA = flags.DEFINE_string("data", "cifar10.npz", "From benchmarks.sweep.")
+    _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    _VARIANTS = flags.DEFINE_list("variants", None, "Of VARIANTS; all by default.")
+    _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "All are trained in one program.")
+    _TRAIN = flags.DEFINE_integer("train_images", 0, "Use the first so many; 0: all.")
+    _TEST = flags.DEFINE_integer("test_images", 0, "Use the first so many; 0: all.")
+    _TEACHERS = flags.DEFINE_string(
+        "teachers", None, "Run folders of the teachers; OUTPUT/runs by default."
+    )
+    _MINUTES = flags.DEFINE_float(
+        "minutes", 0, "Stop after these, to go on later; 0: never."
+    )
     app.run(main)

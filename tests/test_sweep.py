@@ -40,7 +40,7 @@ TEST, CLASSES = random_split(1, 10), ("a", "b", "c")
 
 def run(seeds):
     runs = sweep.Sweep(tiny_config(), seeds, random_split(0, 30), TEST, CLASSES)
-    return runs, list(runs.run())
+    return runs, [row for _, row in runs.run()]
 
 
 def test_seeds_at_once_are_what_they_are_in_turn(monkeypatch):

@@ -1,0 +1,55 @@
+"""The benchmark of WinfT and its controls: what is stopped goes on, and ends the same."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import windowfree
+from tests.test_sweep import CLASSES, TEST, random_split, tiny_config
+from wf_vit.errors import UsageError
+from wf_vit.models.pretrained import load
+
+DATA = {"train": random_split(0, 30), "test": TEST}
+
+
+def config_of(name, **changes):
+    config = windowfree.configure(tiny_config(), name, teachers=None)
+    config.total_epochs, config.eval_epochs = 3.0, 2.0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(folder, config, stopping=lambda: False, seeds=(3, 5)):
+    return windowfree.run_variant(
+        config, list(seeds), DATA, CLASSES, folder, "winft", stopping
+    )
+
+
+def test_a_stopped_variant_goes_on_and_ends_the_same(tmp_path, capsys):
+    config = config_of("winft", **{"optimizer.name": "muon", "ema_decay": 0.9})
+    whole = run(tmp_path / "whole", config)
+    # Once in the middle of an interval, and once at the end.
+    assert run(tmp_path / "parts", config, lambda: True) is None
+    assert run(tmp_path / "parts", config, iter([False, True]).__next__) is None
+    parts = run(tmp_path / "parts", config)
+    assert "epoch 3  stopped, and saved in" in capsys.readouterr().out
+    assert [row["epoch"] for row in whole["rows"]] == [2, 3]
+    for result in (whole, parts):
+        for row in result["rows"]:
+            assert row.pop("train_images_per_second") > 0
+        assert result.pop("seconds") > 0
+        assert result.pop("train_images_per_second") > 0
+    assert parts == whole
+    one, other = (load(tmp_path / f / "runs/winft") for f in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_other_settings_are_not_mixed(tmp_path):
+    assert run(tmp_path, config_of("winft"), lambda: True) is None
+    rate = {"optimizer.learning_rate": 1e-3}
+    with pytest.raises(UsageError, match=r"'winft' was run.*optimizer.*remove .*winft"):
+        run(tmp_path, config_of("winft", **rate))
+    with pytest.raises(UsageError, match=r"seeds was \[3, 5\] and is now \[4\]"):
+        run(tmp_path, config_of("winft"), seeds=[4])
+    # How often it is evaluated does not matter.
+    assert run(tmp_path, config_of("winft", eval_epochs=1.0))["rows"][0]["epoch"] == 2
