@@ -48,10 +48,12 @@ from wf_vit import stops
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.runs import DIRECTORY
 from wf_vit.models.windowfree import FieldViT
+from wf_vit.train.config import Training
 from wf_vit.workdir import replacing
 
 # Thresholds at which a model with fields is evaluated in hard mode, in the end.
 HARD = (0.05, 0.25, 0.5)
+RESULTS = "results.json"
 BASELINE, UNGUIDED = "vit", "winft"
 
 
@@ -218,6 +220,7 @@ def run_variant(
         "changes": VARIANTS[name],
         "parameters": sum(x[0].size for x in jax.tree.leaves(runs.states.params)),
         "flops": sweep.forward_flops(runs.training.model),
+        "training_flops": training_flops(runs.training, config),
         "train_images_per_second": statistics.median(speeds),
         "seconds": spent(),
         "device": jax.devices()[0].device_kind,
@@ -225,6 +228,32 @@ def run_variant(
         "hard": hard,
         **settings,
     }
+
+
+def training_flops(
+    training: Training, config: ml_collections.ConfigDict
+) -> float | None:
+    """Returns the floating-point operations of a whole training, of one seed.
+
+    An image costs three forward passes, and one of the teacher as long as it teaches.
+    To that comes what the teacher's own training cost, by the results that are beside
+    its run; None if it is not there.
+
+    Args:
+      training: of the variant.
+      config: likewise; it names the teacher's run.
+    """
+    images = training.durations.total * config.batch_size
+    total = 3 * sweep.forward_flops(training.model) * images
+    guidance = training.objective.guidance
+    if guidance is None or guidance.teacher is None:
+        return total
+    taught = min(guidance.duration / training.durations.total, 1)
+    total += sweep.forward_flops(guidance.teacher.model) * images * taught
+    run = Path(config.guidance.teacher)
+    trained = read_results(run.parents[1] / RESULTS).get(run.name, {})
+    before = trained.get("training_flops")
+    return None if before is None else total + before
 
 
 def summarize(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,6 +269,7 @@ def summarize(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "seeds": len(top1),
             "parameters": result["parameters"],
             "gflops": result["flops"] / 1e9,
+            "training_flops": result.get("training_flops"),
             "train_images_per_second": result["train_images_per_second"],
             "device": result["device"],
         }
@@ -266,21 +296,26 @@ def table(summary: list[dict[str, Any]]) -> str:
     base = next((row for row in summary if row["variant"] == BASELINE), summary[0])
     lines = [
         "| variant | test top-1, % | seeds | parameters | GFLOPs | step time | "
-        f"steps to {UNGUIDED}'s top-1 |",
-        "|---|---|---|---|---|---|---|",
+        f"training, TFLOPs | steps to {UNGUIDED}'s top-1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in summary:
         spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
         slower = base["train_images_per_second"] / row["train_images_per_second"]
+        total = row["training_flops"]
+        cost = "" if total is None else f"{total / 1e12:,.1f}"
         share = row.get("steps_to_unguided")
         reached = "" if share is None else f"{100 * share:.0f} %"
         lines.append(
             f"| {row['variant']} | {row['top1']:.2f}{spread} | {row['seeds']} | "
-            f"{row['parameters']:,} | {row['gflops']:.4f} | {slower:.2f} | {reached} |"
+            f"{row['parameters']:,} | {row['gflops']:.4f} | {slower:.2f} | {cost} | "
+            f"{reached} |"
         )
     note = (
         "Mean ± standard deviation over seeds. Step time: relative to "
-        f"{base['variant']}, on {base['device']}. GFLOPs: a forward pass on one image."
+        f"{base['variant']}, on {base['device']}. GFLOPs: a forward pass on one image. "
+        "Training: of one seed, three forward passes for each image, and all that its "
+        "teacher costs, whose own training is part of it."
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -311,7 +346,7 @@ def main(argv: list[str]) -> None:
         "train": sweep.on_device(splits["train"], _TRAIN.value),
         "test": sweep.on_device(splits["test"], _TEST.value),
     }
-    path = folder / "results.json"
+    path = folder / RESULTS
     results = read_results(path)
 
     def stopping() -> bool:

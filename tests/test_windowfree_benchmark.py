@@ -1,4 +1,4 @@
-"""The benchmark of WinfT and its controls: what is stopped goes on, and ends the same."""
+"""The benchmark of WinfT: what is stopped goes on, and the whole cost is counted."""
 
 import jax
 import numpy as np
@@ -12,16 +12,16 @@ from wf_vit.models.pretrained import load
 DATA = {"train": random_split(0, 30), "test": TEST}
 
 
-def config_of(name, **changes):
-    config = windowfree.configure(tiny_config(), name, teachers=None)
+def config_of(name, teachers=None, **changes):
+    config = windowfree.configure(tiny_config(), name, teachers)
     config.total_epochs, config.eval_epochs = 3.0, 2.0
     config.update_from_flattened_dict(changes)
     return config
 
 
-def run(folder, config, stopping=lambda: False, seeds=(3, 5)):
+def run(folder, config, stopping=lambda: False, seeds=(3, 5), name="winft"):
     return windowfree.run_variant(
-        config, list(seeds), DATA, CLASSES, folder, "winft", stopping
+        config, list(seeds), DATA, CLASSES, folder, name, stopping
     )
 
 
@@ -53,3 +53,23 @@ def test_other_settings_are_not_mixed(tmp_path):
         run(tmp_path, config_of("winft"), seeds=[4])
     # How often it is evaluated does not matter.
     assert run(tmp_path, config_of("winft", eval_epochs=1.0))["rows"][0]["epoch"] == 2
+
+
+def test_the_cost_of_the_teacher_is_counted(tmp_path):
+    results = {"winft": run(tmp_path, config_of("winft"), seeds=[0])}
+    config = config_of("winft_guided", tmp_path / "runs", guidance_steps=3)
+    config.guidance.indicator = "mean"
+    guided = run(tmp_path, config, seeds=[0], name="winft_guided")
+    assert guided["training_flops"] is None
+    windowfree.write_results(tmp_path / windowfree.RESULTS, results)
+    results["winft_guided"] = run(tmp_path, config, seeds=[0], name="winft_guided")
+    own = results["winft"]["training_flops"]
+    assert own == 3 * results["winft"]["flops"] * 3 * 24
+    # A third more for a third of the time, and the teacher's own training.
+    total = results["winft_guided"]["training_flops"]
+    assert total == pytest.approx(own + own / 9 + own, rel=0.01)
+    results["winft"]["training_flops"] = 8.3456e15
+    results["winft_guided"]["training_flops"] = None
+    text = windowfree.table(windowfree.summarize(results))
+    assert " | 1.00 | 8,345.6 | " in text
+    assert text.count(" |  | ") == 1

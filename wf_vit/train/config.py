@@ -110,7 +110,7 @@ class Training:
       params: its parameters before the first step.
       durations: in steps.
       learning_rate: of the head, by the number of updates done.
-      optimizer: AdamW.
+      optimizer: of the parameters.
       objective: what a step works towards.
       teacher_params: of the teacher, or None.
       info: of the data.
