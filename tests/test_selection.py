@@ -169,6 +169,10 @@ def test_what_is_not_ranked_comes_last():
     model, params = network("mean")
     ranks = select_patches(model, params, IMAGES, 1, key=KEY, removed=0.5)
     assert (np.sort(ranks) == [1, 2, 3, 7, 7, 7]).all()
+    # 3.6 patches: as many are ranked as are removed.
+    ranks = select_patches(model, params, IMAGES, 1, key=KEY, removed=0.6)
+    removed = PATCHES - interventions.num_kept(0.6, PATCHES)
+    assert ((ranks <= PATCHES).sum(1) == removed).all()
 
 
 def test_each_patch_is_removed_once_where_steps_are_of_two_sizes():

@@ -93,7 +93,7 @@ def impact(
       layers: indices from 0, in the order they are wanted; None for all.
       target: the output that "propagated" looks at, one of ``OUTPUTS``.
       num_probes: of "propagated", at least 2.
-      key: randomness of "propagated" (see `propagate`) and of "random".
+      key: randomness of "propagated" and of "random", as in `propagate`.
       prefix_tokens: whether to keep the interactions with the prefix tokens, which
         come first. ``CONTROLS`` know none: there they are 0.
       recording: of the same images and layers, say another indicator's.

@@ -87,6 +87,21 @@ def test_photographs_are_added_to_a_run(run, photographs, tmp_path):
         explain(make_config(images=str(photographs / "a.jpg"), **DATA_ONLY), tmp_path)
 
 
+def test_a_photograph_is_known_again_among_those_of_another_folder(
+    photographs, tmp_path, caplog
+):
+    first, second = photographs / "more", tmp_path / "others"
+    second.mkdir()
+    Image.fromarray(noise(30, 40)).save(second / "c.png")
+    workdir = tmp_path / "run"
+    explain(make_config(images=str(first), **DATA_ONLY), workdir)
+    with caplog.at_level("INFO", "wf_vit"):
+        explain(make_config(images=f"{first},{second}", **DATA_ONLY), workdir)
+    assert "1 of 2 images to measure" in caplog.text
+    statistics = json.loads((workdir / "statistics.json").read_text())
+    assert statistics["images"] == 2
+
+
 def test_whole_photographs_have_grids_of_their_own(tmp_path):
     for name, size in {"wide": (20, 80), "tall": (80, 20), "square": (30, 30)}.items():
         Image.fromarray(noise(*size)).save(tmp_path / f"{name}.png")
@@ -168,6 +183,26 @@ def test_drawings_can_be_had_later_and_are_whole(photographs, tmp_path, monkeypa
     assert starts(tmp_path / "figures")["field_area.pdf"] == b"%PDF"
     explain(config, tmp_path)  # There is nothing left to draw.
     assert len(starts(folder / "figures")) == 2 * len(drawn)
+
+
+def test_drawings_follow_the_settings(photographs, tmp_path):
+    one = {"images": str(photographs / "b.png"), "indicators": ("mean",)}
+    other = {**one, "images": str(photographs / "a.jpg")}
+    for images in (one, other):
+        explain(make_config(**images), tmp_path)
+
+    def drawn(name):
+        folder = tmp_path / "images" / name
+        return [(folder / f).read_bytes() for f in ("figures/fields.png", "page.html")]
+
+    before = {name: drawn(name) for name in ("b", "a")}
+    explain(make_config(**one, patch=5), tmp_path)
+    for name, (fields, page) in before.items():
+        assert drawn(name)[0] != fields
+        assert drawn(name)[1] == page
+    most = min(len(page) for _, page in before.values()) - 100
+    explain(make_config(**one, patch=5, page_bytes=most), tmp_path)
+    assert all(len(drawn(name)[1]) <= most for name in before)
 
 
 def test_results_of_other_settings_are_not_mixed(photographs, tmp_path, windowfree_run):

@@ -1,5 +1,6 @@
 """One line from a model and a picture: what it takes, shows, keeps and refuses."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from tests.explanation.example import GRID, LAYERS, PATCHES, SIZE, VIT, noise
 from wf_vit.errors import UsageError
 from wf_vit.explanation.explanation import Explanation
 from wf_vit.models import pretrained
+from wf_vit.models.pretrained.readers import name_of
 
 QUICK = {"image_size": SIZE, "num_probes": 4}
 RNG = np.random.default_rng(3)
@@ -67,6 +69,31 @@ def test_it_is_saved_as_the_command_does(explained, tmp_path):
     assert set(again.impact) == set(explained.impact)
     assert (tmp_path / "out/page.html").stat().st_size > 10_000
     assert (tmp_path / "out/figures/interactions.pdf").exists()
+    heads = tmp_path / "out/figures/heads.png"
+    assert heads.exists()
+    other = wf_vit.explain(VIT, noise(30, 40), indicators=("mean",), mass=0.9, **QUICK)
+    other.save(tmp_path / "out")
+    assert not heads.exists()
+    # Its page says the same, wherever it comes from.
+    loaded = type(other).load(str(tmp_path / "out/data.npz"))
+    assert (loaded.mass, loaded.model) == (0.9, other.model)
+    assert '"mass": 0.9' in loaded.page()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (
+            "hf://timm/vit_small_patch14_dinov2.lvd142m",
+            "vit_small_patch14_dinov2.lvd142m",
+        ),
+        ("runs/rate_0.001", "rate_0.001"),
+        (VIT.parent / "deit.pth.tar", "deit"),
+        ("B_16.npz", "B_16"),
+    ],
+)
+def test_a_checkpoint_keeps_its_name(source, name):
+    assert name_of(source) == name
 
 
 def test_several_pictures_give_a_list():
@@ -74,7 +101,7 @@ def test_several_pictures_give_a_list():
     assert [type(one).__name__ for one in found] == ["Explained", "Explained"]
 
 
-def test_attention_alone_is_explained():
+def test_attention_alone_is_explained(tmp_path):
     attention = random_attention(LAYERS)
     options = {"num_prefix_tokens": 1, "grid": GRID}
     one = wf_vit.explain(attention, noise(30, 40), **options)
@@ -86,6 +113,14 @@ def test_attention_alone_is_explained():
     np.testing.assert_allclose(
         two[1].impact_heads["mean"], np.stack(layers)[:, 1], rtol=1e-6
     )
+    # In half precision it is what float32 makes of the rounded weights.
+    half = jnp.asarray(attention, jnp.bfloat16)
+    for rounded in (attention.astype(np.float16), half):
+        halved = wf_vit.explain(rounded, noise(30, 40), **options)
+        assert halved.impact_heads["mean"].dtype == np.float32
+        halved.save_data(tmp_path)
+        again = Explanation.load(tmp_path).impact_heads["mean"]
+        np.testing.assert_allclose(again, attention, atol=5e-3)
     assert "fields" in two[0].figures
     assert two[0].page().startswith("<!doctype html>")
 

@@ -1,5 +1,7 @@
 """Attention alone: indicators on closed forms and on invariances, rollout, distance."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,22 @@ def test_random_baseline_depends_on_its_key_only():
     np.testing.assert_array_equal(first, draw(0, attention[..., ::-1]))
     assert not np.allclose(first, draw(1, attention))
     assert not np.allclose(first[0], first[1])
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_random_baseline_takes_a_key_for_each_image(per_head):
+    attention = random_attention(2, 3, 4, 16)  # Layers, images, heads.
+    keys = jax.random.split(jax.random.key(0), 3)
+    draw = functools.partial(
+        indicators.interaction_indicator,
+        method="random",
+        num_prefix_tokens=0,
+        per_head=per_head,
+    )
+    all_images = draw(attention, key=keys)
+    one = draw(attention[:, 1:2], key=keys[1:2])
+    np.testing.assert_array_equal(all_images[:, 1:2], one)
+    assert not np.allclose(all_images[:, 0], all_images[:, 1])
 
 
 def test_half_precision_is_computed_in_float32():

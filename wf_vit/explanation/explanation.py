@@ -67,6 +67,8 @@ ARRAYS = {
     "class/...": "if a class was asked for: its index, name and probability, and "
     "effect/..., [L, N, N]: what each interaction adds to its logit, coded like an "
     "impact, with a bit for each negative one in effect/negative",
+    "mass": "[]: share of its impact that a field holds",
+    "model": "what the model is called",
     "learned": "[L, H, P, 4]: the learned fields of a window-free transformer, in "
     "patches: centre (x, y) relative to the patch, and widths (standard deviations) in "
     "x and y",
@@ -128,6 +130,8 @@ class Explanation:
 
     Impacts have N tokens, the prefix tokens first; fields are those of the patches.
     ``impact_heads`` is empty and ``field_heads`` None where heads were not told apart.
+    ``mass`` is the share of its impact that a patch's field holds, ``model`` what the
+    model is called.
     """
 
     photograph: UInt8[np.ndarray, "height width 3"]
@@ -147,6 +151,8 @@ class Explanation:
     class_effect: ClassEffect | None = None
     learned: Float[np.ndarray, "L H P 4"] | None = None
     removal: Removal | None = None
+    mass: float = 0.5
+    model: str = ""
 
     def patch_impact(self) -> Float[np.ndarray, "L P P"]:
         """Returns the main indicator's impact of patches on patches."""
@@ -173,6 +179,8 @@ class Explanation:
             "layers": self.layers,
             "prefix": np.array(self.prefix, dtype=str),
             "indicator": np.array(self.indicator),
+            "mass": np.array(self.mass),
+            "model": np.array(self.model),
             "discriminability": self.discriminability,
             "prefix_attention": self.prefix_attention,
             "attention_distance": self.attention_distance,
@@ -201,13 +209,20 @@ class Explanation:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, folder: Path) -> "Explanation":
+    def load(cls, folder: str | Path) -> "Explanation":
         """Reads what ``save_data`` wrote; impacts have the rounding that it says.
+
+        Args:
+          folder: that holds ``data.npz``, or the file itself.
 
         Raises:
           UsageError: an earlier version of this package wrote it.
         """
+        folder = Path(folder)
+        folder = folder.parent if folder.name == DATA else folder
         arrays = _read(folder)
+        # Files of earlier versions do not name these.
+        named = {k: arrays[k].item() for k in ("mass", "model") if k in arrays}
 
         def group(name: str) -> dict[str, np.ndarray]:
             prefix = f"{name}/"
@@ -249,6 +264,7 @@ class Explanation:
             class_effect=_class_effect(group("class"), len(prefix)),
             learned=arrays.get("learned"),
             removal=Removal(**removal) if removal else None,
+            **named,
         )
 
 
@@ -256,6 +272,12 @@ def source_of(folder: Path) -> str:
     """Returns the digest of the image that ``data.npz`` in a folder explains."""
     with opened_arrays(folder / DATA) as file:
         return file["source"].item() if "source" in file else ""
+
+
+def grid_of(folder: Path) -> Grid:
+    """Returns the rows and columns of patches of the image in a folder."""
+    with opened_arrays(folder / DATA) as file:
+        return tuple(file["grid"].tolist())
 
 
 def _read(folder: Path) -> dict[str, np.ndarray]:
@@ -272,7 +294,7 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 def _coded(name: str, impact: Float[np.ndarray, "*rows N"]) -> dict[str, np.ndarray]:
     """Returns the arrays that stand for an impact in the file."""
-    impact = np.asarray(impact)
+    impact = np.asarray(impact, np.float32)
     levels = _FINE if impact.shape[-1] <= _FEW_TOKENS else _COARSE
     total = impact.sum(-1)
     shares = impact / np.where(total > 0, total, 1)[..., None]

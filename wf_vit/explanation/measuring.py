@@ -129,7 +129,7 @@ def explain_batch(
             layers=settings.layers,
             target=settings.target,
             num_probes=settings.num_probes,
-            key=keys[0] if name == "random" else keys,
+            key=keys,
             prefix_tokens=True,
             recording=recording,
         )
@@ -177,6 +177,7 @@ def explain_batch(
                 if signed is None
                 else _class_effect(int(classes[b]), signed, logits[b], loaded),
                 removal=removals[b],
+                mass=settings.mass,
                 **arrays,
             )
         )
@@ -252,6 +253,7 @@ def explain_attention(
     grid = infer_grid(
         attention.shape[-1], num_prefix_tokens=num_prefix_tokens, grid=grid
     )
+    attention = attention.astype(jnp.float32)
     fused = matrices.interaction_indicator(attention, num_prefix_tokens=0)
     arrays = _derived(
         {"mean": fused},
@@ -268,6 +270,7 @@ def explain_attention(
         layers=np.arange(len(attention)),
         prefix=tuple(f"prefix {n}" for n in range(num_prefix_tokens)),
         indicator="mean",
+        mass=mass,
         **jax.device_get(arrays),
     )
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import functools
 import html
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wf_vit.explanation.measuring import Settings, explain_attention, explain_ba
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
+from wf_vit.models.pretrained.readers import name_of
 from wf_vit.workdir import write_text
 
 # The figures that stand for an explanation where it is displayed.
@@ -112,32 +114,22 @@ def explain(
             )
         found = _by_model(model, pictures, settings, image_size, fit, seed)
     name = _name(model)
-    results = [
-        Explained.of(explanation, mass=mass, model=name) for explanation in found
-    ]
+    results = [Explained.of(explanation, model=name) for explanation in found]
     return results if several else results[0]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explained(Explanation):
-    """An explanation that draws and shows itself.
-
-    Attributes:
-      mass: share of its impact that a patch's field holds.
-      model: what the model is called.
-    """
-
-    mass: float = 0.5
-    model: str = ""
+    """An explanation that draws and shows itself."""
 
     @classmethod
-    def of(cls, explanation: Explanation, *, mass: float, model: str) -> "Explained":
-        """Returns an explanation with what it needs to draw itself."""
+    def of(cls, explanation: Explanation, *, model: str) -> "Explained":
+        """Returns an explanation that can draw itself, with the name of the model."""
         members = {
             field.name: getattr(explanation, field.name)
             for field in dataclasses.fields(explanation)
         }
-        return cls(**members, mass=mass, model=model)
+        return cls(**members | {"model": model})
 
     @functools.cached_property
     def figures(self) -> Mapping[str, Figure]:
@@ -157,10 +149,14 @@ class Explained(Explanation):
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``data.npz``, ``figures/`` and ``page.html`` into a folder."""
+        """Writes ``data.npz``, ``figures/`` and ``page.html`` into a folder.
+
+        They take the place of those of an earlier explanation.
+        """
         folder = Path(folder)
         self.save_data(folder)
         drawings = draw.image_drawings(self, model=self.model)
+        shutil.rmtree(folder / draw.FIGURES, ignore_errors=True)
         draw.save_figures(drawings, folder / draw.FIGURES, pdf=True)
         write_text(folder / draw.PAGE, self.page())
 
@@ -291,7 +287,7 @@ def _by_model(
 
 def _name(model: Any) -> str:
     if isinstance(model, str | Path):
-        return Path(model).stem
+        return name_of(model)
     if isinstance(model, Pretrained):
         model = model.model
     return "" if _is_attention(model) else type(model).__name__

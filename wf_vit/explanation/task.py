@@ -1,5 +1,6 @@
 """The task ``explain``: images to data, figures and pages, a batch at a time."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -7,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -14,17 +16,32 @@ import numpy as np
 
 from wf_vit.errors import UsageError
 from wf_vit.explanation import draw, gallery, images, progress, summary
-from wf_vit.explanation.explanation import DATA, IMAGES, Explanation, source_of
+from wf_vit.explanation.explanation import (
+    DATA,
+    IMAGES,
+    Explanation,
+    grid_of,
+    source_of,
+)
 from wf_vit.explanation.measuring import Settings, explain_batch
 from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
-from wf_vit.workdir import claim_workdir, held, replacing, write_text
+from wf_vit.models.pretrained.readers import name_of
+from wf_vit.workdir import (
+    claim_workdir,
+    held,
+    read_json_if_whole,
+    replacing,
+    write_text,
+)
 
 _LOG = logging.getLogger(__name__)
 
 # Keys that change no number, and may differ from one call to the next.
 _FREE = ("batch_size", "figures", "images", "page", "page_bytes", "patch", "pdf")
+# Those of them that change what is drawn.
+_DRAWN = {"patch": draw.FIGURES, "page_bytes": draw.PAGE}
 
 Size = tuple[int, int]
 
@@ -60,23 +77,24 @@ def _explain(
 ) -> None:
     """Explains images, in a working directory that is this call's own."""
     loaded = pretrained.load(config.weights)
+    folder = workdir / IMAGES
+    sources = _known(sources, folder)
+    sizes, broken = _sizes(sources, loaded, config, folder)
+    _check_patch(config.patch, loaded, set(sizes.values()), folder)
+    earlier = read_json_if_whole(workdir / "config.json")
     claim_workdir(
         workdir,
         json.loads(config.to_json_best_effort()),
         loaded.params,
-        results=workdir / IMAGES,
+        results=folder,
         free=_FREE,
     )
-    sizes, broken = _sizes(sources, loaded, config, workdir / IMAGES)
-    _check_patch(config.patch, loaded, set(sizes.values()))
-    broken |= _explain_all(sizes, loaded, config, settings, workdir / IMAGES)
+    _forget(earlier, config, folder)
+    broken |= _explain_all(sizes, loaded, config, settings, folder)
     done = [s.name for s in sources if s.path not in broken]
     if done:
         notes = {"indicator": settings.indicators[-1], "mass": config.mass}
-        everything = sorted(
-            str(file.parent.relative_to(workdir / IMAGES))
-            for file in (workdir / IMAGES).rglob(DATA)
-        )
+        everything = _measured(folder)
         summary.write(workdir, everything, notes, pdf=config.pdf)
         gallery.write(workdir, everything, _describe(config.weights, loaded))
         _LOG.info("Wrote %s.", workdir / gallery.INDEX)
@@ -108,6 +126,42 @@ def _settings(config: ml_collections.ConfigDict) -> Settings:
             "--config.weights=CHECKPOINT --config.images=photo.jpg."
         )
     return settings
+
+
+def _measured(folder: Path) -> list[str]:
+    """Returns the names of all images that are measured, also by earlier calls."""
+    return sorted(str(file.parent.relative_to(folder)) for file in folder.rglob(DATA))
+
+
+def _known(sources: Sequence[images.Source], folder: Path) -> list[images.Source]:
+    """Returns images under the names that they were measured under, if they were.
+
+    The names of an earlier call may be relative to another folder.
+    """
+    names = {source.name for source in sources}
+    others = [name for name in _measured(folder) if name not in names]
+    earlier = {source_of(folder / name): name for name in others}
+
+    def known(source: images.Source) -> images.Source:
+        if not earlier or (folder / source.name / DATA).exists():
+            return source
+        try:
+            digest = images.digest(source.path)
+        except images.UnreadableImageError:
+            return source
+        return source._replace(name=earlier.pop(digest, source.name))
+
+    return [known(source) for source in sources]
+
+
+def _forget(
+    earlier: dict[str, Any], config: ml_collections.ConfigDict, folder: Path
+) -> None:
+    """Removes what an earlier call drew otherwise, so that it is drawn again."""
+    changed = [_DRAWN[k] for k in _DRAWN if k in earlier and earlier[k] != config[k]]
+    for name, drawn in itertools.product(_measured(folder), changed):
+        path = folder / name / drawn
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sizes(
@@ -176,10 +230,10 @@ def _explain_all(
             batch = group[start : start + config.batch_size]
             with bar.images(len(batch)):
                 broken |= _measure(batch, seeing(size), config, settings, folder)
-                _draw_missing(batch, loaded, config, folder)
+                _draw_missing([s.name for s in batch], loaded, config, folder)
     bar.close()
     # What was measured before, but not drawn.
-    _draw_missing(sizes, loaded, config, folder)
+    _draw_missing(_measured(folder), loaded, config, folder)
     return broken
 
 
@@ -215,11 +269,15 @@ def _announce(
     return seconds
 
 
-def _check_patch(patch: int, loaded: Pretrained, sizes: set[Size]) -> None:
+def _check_patch(
+    patch: int, loaded: Pretrained, sizes: set[Size], folder: Path
+) -> None:
     """Raises UsageError unless every grid has the patch, or it is -1."""
+    if patch == -1:
+        return
     rows, columns = loaded.model.patch_size
-    for height, width in sizes:
-        grid: Grid = (height // rows, width // columns)
+    grids: set[Grid] = {(height // rows, width // columns) for height, width in sizes}
+    for grid in grids | {grid_of(folder / name) for name in _measured(folder)}:
         if not -1 <= patch < grid[0] * grid[1]:
             raise UsageError(
                 f"config.patch is {patch}, but there are {grid[0]} x {grid[1]} "
@@ -230,7 +288,7 @@ def _check_patch(patch: int, loaded: Pretrained, sizes: set[Size]) -> None:
 
 def _describe(weights: str, loaded: Pretrained) -> str:
     model = loaded.model
-    return f"{Path(weights).name}: {model.depth} layers, {model.num_heads} heads"
+    return f"{name_of(weights)}: {model.depth} layers, {model.num_heads} heads"
 
 
 def _measure(
@@ -266,22 +324,24 @@ def _measure(
         settings,
         jax.vmap(functools.partial(jax.random.fold_in, key))(np.uint32(seeds)),
     )
+    called = name_of(config.weights)
     for (source, digest), explanation in zip(read.items(), explanations, strict=False):
+        explanation = dataclasses.replace(explanation, model=called)
         explanation.save_data(folder / source.name, source=digest)
     return unreadable
 
 
 def _draw_missing(
-    sources: Iterable[images.Source],
+    names: Iterable[str],
     loaded: Pretrained,
     config: ml_collections.ConfigDict,
     folder: Path,
 ) -> None:
     """Draws the figures and pages of images, unless they are there or unwanted."""
     wanted = {draw.FIGURES: config.figures, draw.PAGE: config.page}
-    model = Path(config.weights).stem
-    for source in sources:
-        own = folder / source.name
+    model = name_of(config.weights)
+    for name in names:
+        own = folder / name
         drawn = own / draw.FIGURES
         if config.figures and config.pdf and not any(drawn.glob("*.pdf")):
             shutil.rmtree(drawn, ignore_errors=True)  # Drawn without; once more.
@@ -299,7 +359,7 @@ def _draw_missing(
             html = draw.page_html(
                 explanation,
                 mass=config.mass,
-                title=source.name,
+                title=name,
                 model=_describe(config.weights, loaded),
                 max_bytes=config.page_bytes,
             )

@@ -18,7 +18,7 @@ from wf_vit.indicators.arithmetic import (
     normalize_rows,
     sqrt,
 )
-from wf_vit.shapes import Attention, Key
+from wf_vit.shapes import Attention, Keys
 
 Method = Literal["mean", "max", "std", "odds", "distance", "random"]
 HeadFusion = Literal["mean", "max", "min"]
@@ -33,7 +33,7 @@ def interaction_indicator(
     per_head: bool = False,
     normalize: bool = False,
     grid: Grid | None = None,
-    key: Key | None = None,
+    key: Keys | None = None,
 ) -> Float[Array, "*out P P"]:
     """Returns the impact of every interaction from attention alone, or a baseline.
 
@@ -53,7 +53,8 @@ def interaction_indicator(
       per_head: keep the head axis, ``[..., H, P, P]``.
       normalize: divide each row by its sum; a row of zeros stays.
       grid: ``(GH, GW)``, checked when given; ``distance`` needs it unless square.
-      key: randomness of ``random``.
+      key: randomness of ``random``, one for all images, or ``[B]`` for each of the axis
+        before the heads.
 
     Returns:
       Non-negative impact of patch j on patch i, ``[..., P, P]``.
@@ -97,8 +98,17 @@ def interaction_indicator(
     if method == "distance":
         impact = jnp.broadcast_to(1 / (1 + distances(grid)), impact.shape)
     if method == "random":
-        impact = jax.random.uniform(key, impact.shape)
+        impact = _noise(key, impact.shape, axis=-4 if per_head else -3)
     return normalize_rows(impact) if normalize else impact
+
+
+def _noise(key: Keys, shape: tuple[int, ...], axis: int) -> Float[Array, "..."]:
+    """Returns uniform noise, by one key or by one for each index of an axis."""
+    if not key.ndim:
+        return jax.random.uniform(key, shape)
+    each = shape[:axis] + shape[axis + 1 :]
+    drawn = jax.vmap(lambda one: jax.random.uniform(one, each))(key)
+    return jnp.moveaxis(drawn, 0, axis)
 
 
 @checks.checked(

@@ -52,6 +52,7 @@ def row_shares(
 
     Rows beyond the P-th are no patches: without impact they stay 0.
     """
+    impact = np.asarray(impact, np.float32)
     total = impact.sum(-1, keepdims=True)
     share = impact / np.where(total > 0, total, 1)
     return np.where(total > 0, share, np.eye(*impact.shape[-2:], dtype=share.dtype))
@@ -59,7 +60,7 @@ def row_shares(
 
 def encode(shares: Float[np.ndarray, "*rows P"], levels: int) -> Coded:
     """Returns the codes of shares in [0, 1], with 1 to 255 levels."""
-    roots = np.sqrt(shares)
+    roots = np.sqrt(np.asarray(shares, np.float32))
     largest = roots.max(-1, keepdims=True)
     codes = np.rint(levels * roots / np.where(largest > 0, largest, 1))
     return Coded(

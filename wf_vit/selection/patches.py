@@ -86,7 +86,7 @@ def select_patches(
     first = 1
     steps = np.array_split(np.arange(patches), min(_STEPS, patches))
     for step in steps:
-        if first > removed * patches:
+        if first > round(removed * patches):  # As `interventions.num_kept` counts.
             break
         ranks = _remove(
             params,

@@ -28,6 +28,18 @@ INDEX = "model.safetensors.index.json"
 _LFS = b"version https://git-lfs"
 
 
+def name_of(source: str | Path) -> str:
+    """Returns what a checkpoint is called: its last part, without a file's suffix.
+
+    Args:
+      source: whatever ``pretrained.load`` opens by its name.
+    """
+    name = Path(source).name
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        name = name.removesuffix(suffix)
+    return name
+
+
 def read(path: Path, *, which: str | None) -> tuple[dict[str, np.ndarray], Hints]:
     """Reads a checkpoint.
 
