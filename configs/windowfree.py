@@ -55,6 +55,7 @@ def recipe(model: str, mode: str) -> ml_collections.ConfigDict:
     config.data.name = "imagenet2012"
     config.data.train = "train[:99%]"
     config.data.eval = {"minival": "train[99%:]", "validation": "validation"}
+    config.best_split = "minival"
     config.data.image_size = 64 if runlocal else 224
     config.data.crop = "resized"
     config.data.min_area = 0.05

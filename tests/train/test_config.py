@@ -2,6 +2,7 @@
 
 import pytest
 
+from wf_vit.data.config import DataConfig
 from wf_vit.errors import UsageError
 from wf_vit.train.config import Progress, default_config, durations
 
@@ -48,6 +49,13 @@ def test_epochs_are_examples_whatever_the_batch_size_was():
         )
     config.total_steps = 500
     assert durations(config, 1000, Progress(300, 3000)).total == 500
+
+
+def test_an_evaluation_is_not_called_as_training_is():
+    config = config_with()
+    config.data.eval = {"train": "train[:10%]"}
+    with pytest.raises(UsageError, match=r"an evaluation 'train'.*'train_part'"):
+        DataConfig.of(config.data)
 
 
 @pytest.mark.parametrize(

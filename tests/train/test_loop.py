@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from tests.networks import apply
+from tests.networks import apply, random_params
+from tests.runs import small_winft, write_run
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
-from wf_vit.models.windowfree import WindowFreeViT
+from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
 from wf_vit.stops import Stopped
 from wf_vit.train import config as resolving
 from wf_vit.train import loop
@@ -215,7 +216,9 @@ def test_a_run_leaves_metrics_checkpoints_config_and_figures(digits_config, tmp_
     jax.tree.map(np.testing.assert_array_equal, loaded.params, state.ema_params)
 
 
-def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path):
+def test_a_trained_vit_becomes_a_window_free_transformer(
+    digits_config, tmp_path, caplog
+):
     """Started from a run of ViT, fields that cover the grid give what ViT gave."""
     digits_config.model.name = "vit"
     vit = loop.open_run(digits_config).training
@@ -237,10 +240,34 @@ def test_a_trained_vit_becomes_a_window_free_transformer(digits_config, tmp_path
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert len(out["fields"]) == winft.model.depth
 
+    # With another normalisation it would not see the same images.
+    assert "sees other images" not in caplog.text
+    digits_config.data.augment.mean = (0.4, 0.5, 0.5)
+    loop.open_run(digits_config)
+    assert '--config.data.augment.mean="(0.5, 0.5, 0.5)"' in caplog.text
+
     digits_config.model.name = "vit"
     digits_config.init_from = str(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="nowhere"):
         loop.open_run(digits_config)
+
+
+def test_images_that_cannot_be_read_are_not_drawn(digits_config, monkeypatch):
+    run = loop.open_run(digits_config)
+    images = np.arange(3 * 6 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 6, 8, 8, 3)
+    masks = np.arange(18).reshape(3, 6) >= 7
+    batches = [{"image": i, "mask": m} for i, m in zip(images, masks, strict=True)]
+    monkeypatch.setattr(type(run.data), "eval_batches", lambda *_, **__: iter(batches))
+    np.testing.assert_array_equal(run.examples, images[1][1:])
+
+
+def test_a_run_of_other_fields_can_be_trained_further(digits_config, tmp_path):
+    model = small_winft(num_classes=10, image_size=8, fields=FieldConfig(hidden=16))
+    write_run(tmp_path, model, random_params(model))
+    digits_config.init_from = str(tmp_path)
+    training = loop.open_run(digits_config).training
+    assert training.model.fields.hidden == 16
+    apply(training.model, training.params, jnp.zeros((1, 8, 8, 3)))
 
 
 def test_evaluation_counts_every_example_once(digits_config):
@@ -300,6 +327,23 @@ def test_best_and_last_checkpoints_are_kept(digits_config, tmp_path):
     assert kept == {2, 4, 5}
     assert last_state(digits_config, tmp_path, "best").step == 2
     assert last_state(digits_config, tmp_path, "last").step == 5
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_best_checkpoint_is_chosen_by_the_evaluation_that_is_named(
+    digits_config, tmp_path, caplog
+):
+    digits_config.data.unlock().eval = {"val": "train[:10%]", "test": "test"}
+    with caplog.at_level("INFO", "wf_vit"):
+        assert loop.open_run(digits_config).best_split == "test"
+    assert "Of the evaluations test, val, test chooses" in caplog.text
+    digits_config.best_split = "val"
+    metrics = loop.train(digits_config, tmp_path)
+    kept = json.loads((tmp_path / "checkpoints/4/metrics/metrics").read_text())
+    assert kept["top1"] == metrics["val/top1"] != metrics["test/top1"]
+    digits_config.best_split = "minival"
+    with pytest.raises(UsageError, match=r"'minival', but config.data.eval has test"):
+        loop.open_run(digits_config)
 
 
 def test_a_checkpoint_of_another_model_is_refused(digits_config, tmp_path):

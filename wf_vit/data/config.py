@@ -200,6 +200,11 @@ class DataConfig:
 
     def __post_init__(self):
         settings.check_fields(self, "config.data")
+        if "train" in self.eval:
+            raise UsageError(
+                "config.data.eval names an evaluation 'train', which is what the "
+                "metrics of training are called: call it 'train_part', say."
+            )
 
     @classmethod
     def of(cls, config: ConfigDict) -> "DataConfig":

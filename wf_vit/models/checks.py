@@ -125,9 +125,10 @@ def _check_widths(model: Any) -> None:
                 f"{count} {what} do not divide a width of {model.width}: change one "
                 "of them."
             )
-    if model.positions.startswith("sincos") and model.width % 4:
+    if model.positions.startswith("sincos") and (model.width % 4 or model.width < 8):
         raise UsageError(
-            f"sincos positions need a width divisible by 4, not {model.width}."
+            "sincos positions need a width that 4 divides, of at least 8, not "
+            f"{model.width}."
         )
     if model.rotary is not None and model.width // model.num_heads % 4:
         raise UsageError(

@@ -5,12 +5,13 @@ import logging
 from typing import Any
 
 import ml_collections
+import numpy as np
 import optax
 from ml_collections import config_dict
 
 from wf_vit import settings
 from wf_vit.data import config as data_config
-from wf_vit.data.config import DataConfig, DataInfo
+from wf_vit.data.config import Augmentation, DataConfig, DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained, registry
 from wf_vit.models.registry import ModelConfig
@@ -161,6 +162,7 @@ def resolve(
       UsageError: what is wrong, and what to do.
     """
     settings.check(KEYS, config)
+    data = DataConfig.of(config.data)
     steps = durations(config, info.num_examples["train"], done)
     model, params = _model_and_params(
         ModelConfig.of(config.model),
@@ -168,6 +170,7 @@ def resolve(
         seed=config.seed,
         num_classes=info.num_classes,
         image_size=info.image_size,
+        augment=data.augment,
     )
     guidance, teacher_params = None, None
     if guided:
@@ -191,7 +194,7 @@ def resolve(
         ),
         objective=Objective(
             seed=config.seed,
-            augmentation=DataConfig.of(config.data).augment,
+            augmentation=data.augment,
             label_smoothing=config.label_smoothing,
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
@@ -209,6 +212,7 @@ def _model_and_params(
     seed: int,
     num_classes: int,
     image_size: tuple[int, int],
+    augment: Augmentation,
 ) -> tuple[ViT, Params]:
     """Returns the model and its parameters before the first step.
 
@@ -221,6 +225,7 @@ def _model_and_params(
       seed: of fresh parameters.
       num_classes: C.
       image_size: ``(height, width)`` in pixels.
+      augment: with the normalisation; a warning says where the checkpoint's is another.
 
     Raises:
       UsageError: the config contradicts itself, or the checkpoint cannot be opened.
@@ -231,6 +236,16 @@ def _model_and_params(
         )
         return model, registry.init_params(model, seed)
     loaded = pretrained.load(init_from, image_size=image_size, num_classes=num_classes)
+    form = loaded.preprocess.image_format
+    theirs, ours = (form.mean, form.std), (augment.mean, augment.std)
+    if not np.allclose(theirs, ours):
+        _LOG.warning(
+            "%s was trained on images of mean %s and std %s, but config.data.augment "
+            "has %s and %s, so that it sees other images. To change that: "
+            '--config.data.augment.mean="%s" --config.data.augment.std="%s".',
+            init_from,
+            *(*theirs, *ours, *theirs),
+        )
     model = registry.rebuild(loaded.model, config)
     _LOG.info("From %s: %s", init_from, registry.to_json(model))
     fresh = registry.init_params(model, seed)

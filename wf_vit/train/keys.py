@@ -26,6 +26,11 @@ KEYS = {
         "checkpoint of the workdir that the task evaluate takes",
         choices=("best", "last"),
     ),
+    "best_split": Setting(
+        "",
+        "name in data.eval of the evaluation whose top-1 chooses the best checkpoint; "
+        "empty: the only one, or the first in alphabetical order",
+    ),
     "batch_size": Setting(
         1024, "images of a step, over all devices of all processes", low=1, high=10**7
     ),

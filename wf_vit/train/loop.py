@@ -177,7 +177,6 @@ def _train(
     """
     durations = run.training.durations
     num_train = run.data.info.num_examples["train"]
-    best_split = next(iter(run.data.config.eval))
     window = Window(
         done,
         batch_size=run.batch_size,
@@ -206,7 +205,7 @@ def _train(
             "evaluation_pending": evaluates and not evaluation,
             "window": window.rows(),
         }
-        top1 = evaluation.get(f"{best_split}/top1")
+        top1 = evaluation.get(f"{run.best_split}/top1")
         checkpoints.save(state, meta, top1, again=again)
         return evaluation, stop
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 
 import jax
@@ -18,6 +19,8 @@ from wf_vit.train import parallel, steps
 from wf_vit.train.config import Progress, Training, resolve
 from wf_vit.train.pictures import draw_pictures
 
+_LOG = logging.getLogger(__name__)
+
 _START = Progress()
 
 
@@ -32,6 +35,7 @@ class Run:
       eval_batch_size: likewise, of evaluation.
       draws: whether an evaluation draws pictures, too.
       max_skipped_updates: how many updates of the run may be skipped.
+      best_split: the evaluation that chooses the best checkpoint.
     """
 
     data: Dataset
@@ -40,6 +44,7 @@ class Run:
     eval_batch_size: int
     draws: bool
     max_skipped_updates: int
+    best_split: str
 
     def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
         """Yields this process's sharded batches, from any example of the run on."""
@@ -121,10 +126,9 @@ class Run:
 
     @functools.cached_property
     def examples(self) -> UInt8[np.ndarray, "B height width 3"]:
-        """A few images of the first evaluation split, to be drawn."""
-        batch = next(
-            self.data.eval_batches(next(iter(self.data.config.eval)), batch_size=6)
-        )
+        """A few images of an evaluation, to be drawn: the first that can be read."""
+        batches = self.data.eval_batches(self.best_split, batch_size=6)
+        batch = next(batch for batch in batches if batch["mask"].any())
         return batch["image"][batch["mask"]]
 
 
@@ -160,4 +164,22 @@ def open_run(
         eval_batch_size=config.eval_batch_size,
         draws=config.pictures,
         max_skipped_updates=config.max_skipped_updates,
+        best_split=_best_split(config.best_split, sorted(data.config.eval)),
     )
+
+
+def _best_split(wanted: str, splits: list[str]) -> str:
+    """Returns the evaluation that chooses the best checkpoint."""
+    if wanted and wanted not in splits:
+        raise UsageError(
+            f"config.best_split is {wanted!r}, but config.data.eval has "
+            f"{', '.join(splits)}: name one of them, or leave it empty."
+        )
+    if not wanted and len(splits) > 1:
+        _LOG.info(
+            "Of the evaluations %s, %s chooses the best checkpoint: "
+            "config.best_split names another.",
+            ", ".join(splits),
+            splits[0],
+        )
+    return wanted or splits[0]

@@ -61,13 +61,17 @@ class Window:
         """
         rows = self.rows()
         finite = [row for row in rows if not row["updates_skipped"]] or rows
-        names = rows[0].keys() - {"updates_skipped", _EXAMPLES}
+        # A run that resumed with other settings may have other metrics since.
+        names = {name for row in finite for name in row} - {"updates_skipped"}
         means = {
-            f"train/{name}": float(np.mean([row[name] for row in finite]))
-            for name in sorted(names)
+            f"train/{name}": float(
+                np.mean([row[name] for row in finite if name in row])
+            )
+            for name in sorted(names - {_EXAMPLES})
         }
-        if _EXAMPLES in rows[0]:
-            means[f"train/{_EXAMPLES}"] = sum(row[_EXAMPLES] for row in rows)
+        skipped = [row[_EXAMPLES] for row in rows if _EXAMPLES in row]
+        if skipped:
+            means[f"train/{_EXAMPLES}"] = sum(skipped)
         if self.updates_skipped:
             means["train/updates_skipped"] = float(self.updates_skipped)
             means["train/max_skipped_updates"] = float(self._limit)

@@ -19,6 +19,7 @@ from wf_vit import figures
 from wf_vit.data.config import DataConfig, View
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
+from wf_vit.models.pretrained.preprocess import tensorflow_name
 from wf_vit.shapes import Images, Labels, Params
 from wf_vit.verify import report
 from wf_vit.verify.bootstrap import intervals
@@ -216,7 +217,7 @@ def _open(
     view = View(
         image_size=loaded.model.image_size,
         eval_resize=form.crop or 1.0,
-        resize_method=form.interpolation.replace("lanczos", "lanczos3"),
+        resize_method=tensorflow_name(form.interpolation),
     )
     splits = {"train": config.split, "eval": {_SPLIT: config.split}}
     data = open_dataset(DataConfig(**config.data.to_dict(), **splits, view=view))

@@ -10,10 +10,16 @@ import pytest
 
 from tests.models.pretrained.checkpoints import FIXTURES, compute
 from tests.networks import random_params
-from tests.runs import small_winft, write_run
+from tests.runs import DATA, small_winft, write_run
+from wf_vit import settings
+from wf_vit.data.config import View
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
-from wf_vit.models.pretrained.preprocess import ImageFormat, Preprocess
+from wf_vit.models.pretrained.preprocess import (
+    ImageFormat,
+    Preprocess,
+    tensorflow_name,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,22 @@ def test_a_run_gives_what_it_would_be_evaluated_with(run_folder):
     jax.tree.map(np.testing.assert_array_equal, first.params, params)
     recipe = ImageFormat((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 0.875)
     assert last.preprocess == Preprocess((16, 16), recipe)
+
+
+def test_every_way_of_resizing_can_be_opened(run_folder, tmp_path, caplog):
+    _, model, params = run_folder
+    near = {"lanczos5": "lanczos", "gaussian": "bilinear", "mitchellcubic": "bicubic"}
+    names = {"lanczos3": "lanczos", "area": "box", **near}
+    for method in settings.of(View)["resize_method"].choices:
+        write_run(
+            tmp_path / method, model, params, data={**DATA, "resize_method": method}
+        )
+        caplog.clear()
+        form = pretrained.load(tmp_path / method).preprocess.image_format
+        assert form.interpolation == names.get(method, method)
+        assert ("Pillow does not have" in caplog.text) == (method in near)
+        if method not in near:
+            assert tensorflow_name(form.interpolation) == method
 
 
 def test_a_run_can_be_resized_and_get_a_new_head(run_folder):

@@ -1,6 +1,7 @@
 """How the images of a published checkpoint are prepared."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING
@@ -12,6 +13,8 @@ from PIL import Image
 from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.settings import setting
+
+_LOG = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
 
@@ -28,6 +31,31 @@ INTERPOLATIONS = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
+
+# What `data.resize_method` is called here: TensorFlow's names and Pillow's.
+_SAME = {"lanczos3": "lanczos", "area": "box"}
+# The nearest that Pillow has.
+_NEAR = {"lanczos5": "lanczos", "gaussian": "bilinear", "mitchellcubic": "bicubic"}
+
+
+def pillow_name(method: str) -> str:
+    """Returns what Pillow calls a resize method of TensorFlow, or the nearest it has.
+
+    A warning says where it is only the nearest.
+    """
+    if method in _NEAR:
+        _LOG.warning(
+            "The images were resized with %r, which Pillow does not have: %r is used.",
+            method,
+            _NEAR[method],
+        )
+    return (_SAME | _NEAR).get(method, method)
+
+
+def tensorflow_name(interpolation: str) -> str:
+    """Returns the `data.resize_method` that resizes as Pillow does, or nearly so."""
+    names = {ours: theirs for theirs, ours in _SAME.items()} | {"hamming": "bilinear"}
+    return names.get(interpolation, interpolation)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from wf_vit.models.pretrained import guards, stored
 from wf_vit.models.pretrained.hints import read_json
 from wf_vit.models.pretrained.infer import Checkpoint
 from wf_vit.models.pretrained.positions import TORCH_CUBIC_ANTIALIAS
-from wf_vit.models.pretrained.preprocess import ImageFormat
+from wf_vit.models.pretrained.preprocess import ImageFormat, pillow_name
 from wf_vit.models.pretrained.readers import weights_in
 from wf_vit.models.pretrained.stored import DamagedError
 
@@ -80,7 +80,7 @@ def read_run(source: Path) -> Checkpoint:
         image_format = ImageFormat(
             mean=tuple(data["augment"]["mean"]),
             std=tuple(data["augment"]["std"]),
-            interpolation=data["resize_method"],
+            interpolation=pillow_name(data["resize_method"]),
             crop=data["eval_resize"],
         )
     return Checkpoint(
