@@ -195,6 +195,7 @@ def test_sincos_positions_tell_rows_from_columns():
         ({"num_heads": 5}, "5 heads do not divide"),
         ({"pool": "max"}, "one of 'cls', 'mean', 'map'"),
         ({"cls_token": False}, "set cls_token=True"),
+        ({"positions": "sincos", "width": 4, "num_heads": 1}, "of at least 8, not 4"),
     ],
 )
 def test_contradictions_are_named(change, message):
