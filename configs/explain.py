@@ -23,6 +23,7 @@ KEYS = {
         "what wf_vit.models.pretrained.load opens: .npz, .safetensors, .pth, a folder "
         "with one of them, a run folder of this package, or hf://owner/name",
     ),
+    **settings.OPENING,
     "images": Setting(
         "",
         "an image, a folder, which is searched with its subfolders, or several of them "

@@ -25,16 +25,7 @@ KEYS = {
         "for timm, for transformers (hf), or for this package",
         choices=("timm", "hf", "wf_vit"),
     ),
-    "num_heads": Setting(
-        None, "of the model, where nothing tells it", kind=int, low=1, high=2**16
-    ),
-    "which": Setting(
-        "", "of a file with several state dicts, the one that is meant, such as student"
-    ),
-    "prefix": Setting(
-        "",
-        "of a state dict with several networks, what stands before the names of one",
-    ),
+    **settings.OPENING,
 }
 
 

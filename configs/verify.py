@@ -26,6 +26,7 @@ KEYS = {
         "what wf_vit.models.pretrained.load opens: a run folder of this package, .npz, "
         ".safetensors, .pth, a folder with one of them, or hf://owner/name",
     ),
+    **settings.OPENING,
     # Cost and memory grow with the fourth power.
     "image_size": Setting(
         None,

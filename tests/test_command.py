@@ -116,6 +116,19 @@ def test_help_lists_every_config_and_task_and_how_to_list_keys(capsys):
     assert "--config=NAME --help lists all" in text
 
 
+def test_help_may_be_cut_off():
+    command_line = f"{sys.executable} main.py --config=verify --help"
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command_line} | head -2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("python3 main.py")
+
+
 def test_status_and_message_of_a_failed_command():
     result = subprocess.run(
         [sys.executable, "main.py", "--config.batchsize=3"],
@@ -125,7 +138,7 @@ def test_status_and_message_of_a_failed_command():
         check=False,
     )
     assert result.returncode == 2
-    assert "batchsize" in result.stderr
+    assert "The config has no key 'batchsize'\nDid you mean" in result.stderr
     assert "Traceback" not in result.stderr
 
 

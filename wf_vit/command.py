@@ -125,10 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if _HELP & set(arguments):
-            print(help_text())
             rest = [argument for argument in arguments if argument not in _HELP]
-            if rest:
-                print(keys_text(rest))
+            print(help_text(), *[keys_text(rest)] if rest else [], sep="\n", flush=True)
             return 0
         with stops.handled(), _full_disk_explained():
             run(arguments)
@@ -138,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _ended(f"Error: {error}", _FAILED)
     except stops.Stopped as stop:
         return _ended(str(stop), stops.STATUS)
+    except BrokenPipeError:  # Who reads what is printed, such as ``head``, has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -380,7 +380,8 @@ def _reason(error: Exception) -> str:
         return f"{where.filename}, line {where.lineno}: {error}"
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    return str(error.args[0] if isinstance(error, KeyError) else error)
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    return f"The config has no key {text}" if text.startswith("'") else text
 
 
 def _first_line(file: Path) -> str:

@@ -207,6 +207,29 @@ def duration(
     }
 
 
+# How a checkpoint is opened: arguments of ``wf_vit.models.pretrained.load``.
+OPENING = {
+    "num_heads": Setting(
+        None, "of the checkpoint, where nothing tells it", kind=int, low=1, high=2**16
+    ),
+    "which": Setting(
+        None,
+        "of a file with several state dicts, the one that is meant, such as student",
+        kind=str,
+    ),
+    "prefix": Setting(
+        None,
+        "of a state dict with several networks, what stands before the names of one",
+        kind=str,
+    ),
+}
+
+
+def opening(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns what a config says of ``OPENING``."""
+    return {name: config[name] for name in OPENING}
+
+
 def config_of(tree: Tree) -> ml_collections.ConfigDict:
     """Returns a config with every default of a tree; it is not locked."""
     config = ml_collections.ConfigDict()

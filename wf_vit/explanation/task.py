@@ -28,6 +28,7 @@ from wf_vit.grid import Grid
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained import Pretrained
 from wf_vit.models.pretrained.readers import name_of
+from wf_vit.settings import opening
 from wf_vit.workdir import (
     claim_workdir,
     held,
@@ -76,7 +77,7 @@ def _explain(
     workdir: Path,
 ) -> None:
     """Explains images, in a working directory that is this call's own."""
-    loaded = pretrained.load(config.weights)
+    loaded = pretrained.load(config.weights, **opening(config))
     folder = workdir / IMAGES
     sources = _known(sources, folder)
     sizes, broken = _sizes(sources, loaded, config, folder)

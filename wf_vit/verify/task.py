@@ -20,6 +20,7 @@ from wf_vit.data.config import DataConfig, View
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.pretrained.preprocess import tensorflow_name
+from wf_vit.settings import opening
 from wf_vit.shapes import Images, Labels, Params
 from wf_vit.verify import report
 from wf_vit.verify.bootstrap import intervals
@@ -77,7 +78,9 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         other settings.
     """
     names = _names(config)
-    loaded = pretrained.load(config.weights, image_size=config.image_size)
+    loaded = pretrained.load(
+        config.weights, image_size=config.image_size, **opening(config)
+    )
     num_classes, num_examples, batches = _open(config, loaded)
     subject = Subject(
         model=loaded.model,

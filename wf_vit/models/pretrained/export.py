@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ml_collections
 
+from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 
@@ -25,12 +26,7 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
         raise UsageError(
             "config.weights is empty: name a checkpoint, such as the folder of a run."
         )
-    loaded = pretrained.load(
-        config.weights,
-        num_heads=config.num_heads,
-        which=config.which or None,
-        prefix=config.prefix or None,
-    )
+    loaded = pretrained.load(config.weights, **settings.opening(config))
     loaded.save(workdir, layout=config.layout)
     _LOG.info(
         "Saved %s in the layout %s as %s: %r", config.weights, config.layout, workdir,
