@@ -21,8 +21,9 @@ With --config.optimizer.name=muon small models learned much faster on CIFAR-10
 With "guided" the published DINOv2 ViT-S/14, which has as many layers, heads and patches
 (at 196 pixels), teaches for the first third of the steps where to look
 (wf_vit/train/guidance.py). It is downloaded, which needs the extra [hub]. Guided steps
-cost about a third more. This was not run either; what guidance gave to small models is
-in results/windowfree. Another teacher is given as --config.guidance.teacher=RUN.
+cost about a third more FLOPs; those of small models took 50 to 65 % longer on two CPU
+cores. This was not run either; what guidance gave to small models is in
+results/windowfree. Another teacher is given as --config.guidance.teacher=RUN.
 """
 
 import ml_collections
