@@ -353,7 +353,7 @@ def main(argv: list[str]) -> None:
         spent = time.perf_counter() - started
         return bool(stops.asked()) or 0 < 60 * _MINUTES.value < spent
 
-    stopped = False
+    stopped = trained = False
     try:
         with stops.handled(), stops.deferred("What was finished is kept."):
             for name in _VARIANTS.value or VARIANTS:
@@ -364,14 +364,15 @@ def main(argv: list[str]) -> None:
                     check_settings(name, results[name], now, remedy)
                     print(f"{name}: done, in {path}.")
                     continue
-                stopped = stopped or stopping()
+                # Each call trains for an epoch at least, or nothing would ever end.
+                stopped = stopped or bool(stops.asked()) or (trained and stopping())
                 if stopped:
                     print(f"{name}: left for the next time.")
                     continue
                 result = run_variant(
                     config, seeds, data, class_names, folder, name, stopping
                 )
-                stopped = result is None
+                stopped, trained = result is None, True
                 if result is not None:
                     results[name] = result
                     write_results(path, results)

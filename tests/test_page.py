@@ -32,6 +32,7 @@ HEAD_IMPACT, FUSED = ALL_HEADS[..., 2:, 2:], ALL_FUSED[..., 2:, 2:]
 ALL_OTHER = RNG.gamma(0.3, size=(LAYERS, TOKENS, TOKENS)).astype(np.float32)
 OTHER = ALL_OTHER[..., 2:, 2:]
 EFFECT = RNG.normal(size=(LAYERS, TOKENS, TOKENS)).astype(np.float32)
+EFFECT[0] *= 9  # The first layer is the first to go where a page is too large.
 BY_LAYER = EFFECT.sum(1)[:, 2:]
 CAT = page.ClassEffect(EFFECT, BY_LAYER.sum(0), BY_LAYER, "<cat>", 0.625)
 LEARNED = RNG.gamma(2.0, size=(LAYERS, HEADS, PATCHES, 4)).astype(np.float32)
@@ -130,6 +131,15 @@ def test_codes_and_fields_are_the_arrays(text):
     np.testing.assert_allclose(numbers[2] / PATCHES, field.area, atol=1e-5)
 
 
+def test_who_listens_to_nothing_listens_to_no_prefix_token():
+    impact = ALL_FUSED.copy()
+    impact[-1, 2:] = 0
+    text = page.explorer(IMAGE, {"x": page.Indicator(impact)}, GRID, prefix=PREFIX)
+    given = unpack16(text, "0-fused-given").reshape(LAYERS, TOKENS, 2)
+    assert not given[-1, :PATCHES].any()
+    assert given[-1, PATCHES:].all()
+
+
 def test_effects_on_a_class_keep_their_signs(text):
     note = meta(text)["indicators"][-1]
     assert note["name"] == "effect on <cat> (62%)"
@@ -141,8 +151,8 @@ def test_effects_on_a_class_keep_their_signs(text):
     assert np.abs(decoded - rows).max() < 0.01 * np.abs(rows).max()
     maps = unpack16(text, "class-maps").view(np.int16).reshape(LAYERS + 1, PATCHES)
     maps = maps * note["mapLargest"] / 32767
-    np.testing.assert_allclose(maps[:-1], BY_LAYER, atol=1e-3)
-    np.testing.assert_allclose(maps[-1], CAT.class_map, atol=1e-3)
+    np.testing.assert_allclose(maps[:-1], BY_LAYER, atol=5e-3)
+    np.testing.assert_allclose(maps[-1], CAT.class_map, atol=5e-3)
 
 
 def test_a_smaller_budget_costs_precision_then_heads_then_layers_and_says_so():
@@ -155,6 +165,10 @@ def test_a_smaller_budget_costs_precision_then_heads_then_layers_and_says_so():
             break
         assert len(text.encode()) <= limit
         pages.append(meta(text))
+        # The layer with the largest numbers may be gone: they mean the same.
+        maps = unpack16(text, "class-maps").view(np.int16).reshape(-1, PATCHES)
+        maps = maps * pages[-1]["indicators"][-1]["mapLargest"] / 32767
+        np.testing.assert_allclose(maps[-1], CAT.class_map, atol=1e-2)
     costs = []
     for page_meta in pages:
         note = page_meta["indicators"][0]

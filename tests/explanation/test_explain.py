@@ -229,6 +229,7 @@ def test_results_of_other_settings_are_not_mixed(photographs, tmp_path, windowfr
         ({"indicators": ("rollout",), "layers": (1,)}, "needs all layers"),
         ({"layers": (2,)}, "layers 0 to 1"),
         ({"target": "logit"}, "tokens, cls, pooled"),
+        ({"target": "clas:3", "indicators": ("mean",)}, "class or class:NAME"),
         ({"target": "class:9"}, "no class '9'"),
         ({"fit": "pad"}, "choose one of whole"),
         ({"mass": 1.5}, r"mass is 1\.5"),

@@ -47,6 +47,10 @@ def test_alike_and_unlike_arrows():
     assert np.mean(found["by_layer"]) == pytest.approx(found["mean"])
     assert 0.2 < found["mean"] < 0.5
     assert protocol._correlations(arrows[:1])["mean"] == 0
+    # A layer without arrows, as the last one where only CLS counts.
+    arrows[:, 1] = 0
+    without = protocol._correlations(arrows)
+    assert without["by_layer"] == [pytest.approx(without["mean"]), None]
 
 
 def test_a_planted_tendency_of_a_patchs_size_is_found():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tests.runs import small_winft, write_run
+from tests.verify.conftest import noisy_params
 from wf_vit import verify
 from wf_vit.errors import UsageError
 from wf_vit.verify import report, task
@@ -107,6 +109,29 @@ def test_a_protocol_leaves_outcomes_numbers_tables_and_figures(
     assert drawn == {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
     if protocol == "windows":
         _numbers_are_those_of_their_rule(written["windows"], found["windows/cosine"])
+
+
+@pytest.mark.parametrize("protocol", ["tendency", "class_maps"])
+def test_what_has_no_number_stops_nothing(config, tmp_path, protocol):
+    """No patch of the last layer hears another for CLS's sake; Grad-CAM may be 0."""
+    model = small_winft(num_classes=10, image_size=16, cls_token=True, pool="cls")
+    write_run(tmp_path / "cls", model, noisy_params(model))
+    config.update(weights=str(tmp_path / "cls"), target="cls", protocols=(protocol,))
+    found = verify.verify(config, tmp_path / "out")
+    assert (tmp_path / "out/table.md").exists()
+    if protocol == "tendency":
+        nulls = found[protocol]["nulls"].values()
+        assert None in [null["correlation"]["by_layer"][-1] for null in nulls]
+
+
+def test_a_verdict_names_the_controls_without_a_number():
+    there = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    none = dict.fromkeys(there)
+    margins = {"a": {"0.5": there, "0.1": none}, "b": {"0.5": none, "0.1": none}}
+    assert report.verdict("own", margins, "cosine") == (
+        "Own: at 50 % it beats every control, the nearest is a (+0.2 ± 0.1) (no number "
+        "for b); at 10 % it cannot be compared (no number for a, b)."
+    )
 
 
 def _numbers_are_those_of_their_rule(summary, cosine):

@@ -63,6 +63,11 @@ class Settings:
     removal: bool = False
 
     def __post_init__(self):
+        if self.target not in measure.OUTPUTS and not self.of_class:
+            raise UsageError(
+                f"The target is {self.target!r}: choose one of "
+                f"{', '.join(measure.OUTPUTS)}, class or class:NAME_OR_INDEX."
+            )
         known, names = measure.INDICATORS, self.indicators
         if not names or not set(names) <= set(known) or len(set(names)) < len(names):
             raise UsageError(

@@ -147,9 +147,10 @@ def stacks_of(
             if field is None:
                 patches = impact[..., num_prefix:, num_prefix:]
                 field = _fields(patches, grid, mass)
-            given = coding.row_shares(rows)[..., :num_prefix] if num_prefix else None
-            given = np.zeros((*rows.shape[:-1], 0)) if given is None else given
-            given = np.rint(65535 * given).astype(np.uint16)
+            # Not `row_shares`: who takes nothing takes nothing from the prefix tokens.
+            total = rows.sum(-1, keepdims=True)
+            given = rows[..., :num_prefix] / np.where(total > 0, total, 1)
+            given = np.rint(65535 * np.float32(given)).astype(np.uint16)
             stacks.append(Stack(index, kind, share, given, _coded(field)))
     return stacks
 
@@ -183,7 +184,7 @@ def class_payload(
     coded = coding.encode(size / largest, _SIGNED_LEVELS)
     codes = coded.codes | np.where(effect < 0, 128, 0).astype(np.uint8)
     maps = np.concatenate([of.by_layer[list(kept)], of.class_map[None]])
-    steps = np.rint(32767 * maps / max(float(np.abs(maps).max()), 1e-30))
+    steps = np.rint(32767 * maps / max(_largest_in_maps(of), 1e-30))
     return {
         "class-codes": coding.pack(codes),
         "class-scales": coding.pack(coded.scales),
@@ -198,7 +199,6 @@ def class_note(of: ClassEffect, num_prefix: int) -> dict:
     def top(values: np.ndarray) -> float:
         return float(f"{np.quantile(np.abs(values), 0.99) or 1.0:.1g}")
 
-    maps = np.abs(np.concatenate([of.by_layer, of.class_map[None]]))
     return {
         "name": f"effect on {of.name} ({of.probability:.0%})",
         "className": of.name,
@@ -209,5 +209,10 @@ def class_note(of: ClassEffect, num_prefix: int) -> dict:
         "top": top(patches),
         "mapTop": top(of.class_map),
         "layerTop": top(of.by_layer),
-        "mapLargest": float(maps.max()),
+        "mapLargest": _largest_in_maps(of),
     }
+
+
+def _largest_in_maps(of: ClassEffect) -> float:
+    """Returns the largest size in the maps of all layers, also of those not kept."""
+    return float(max(np.abs(of.by_layer).max(), np.abs(of.class_map).max()))

@@ -108,7 +108,8 @@ def verdict(own: str, margins: Summary, measure: str) -> str:
     Args:
       own: the rule.
       margins: its margins over the controls, paired by image, by control and share.
-        A control is not beaten where the interval of the margin reaches 0.
+        A control is not beaten where the interval of the margin reaches 0. Where a
+        margin has no number, its mean is None.
       measure: what the numbers are: "top1" is shown in %.
     """
 
@@ -120,13 +121,17 @@ def verdict(own: str, margins: Summary, measure: str) -> str:
 
     parts = []
     for share in next(iter(margins.values())):
-        failed = [c for c in margins if margins[c][share]["low"] <= 0]
-        nearest = min(margins, key=lambda c, s=share: margins[c][s]["mean"])
-        found = (
-            f"does not beat {listing(failed, share)}"
-            if failed
-            else f"beats every control, the nearest is {listing([nearest], share)}"
-        )
+        known = [c for c in margins if margins[c][share]["mean"] is not None]
+        failed = [c for c in known if margins[c][share]["low"] <= 0]
+        if failed:
+            found = f"does not beat {listing(failed, share)}"
+        elif known:
+            nearest = min(known, key=lambda c, s=share: margins[c][s]["mean"])
+            found = f"beats every control, the nearest is {listing([nearest], share)}"
+        else:
+            found = "cannot be compared"
+        without = ", ".join(c for c in margins if c not in known)
+        found += f" (no number for {without})" if without else ""
         parts.append(f"at {percent(share)} it {found}")
     return f"{own.capitalize()}: {'; '.join(parts)}."
 

@@ -62,6 +62,10 @@ class Tendency:
         """
         del count  # The whole batch: one shape, traced once.
         impact = case.fused_impact
+        total = impact.sum(-1, keepdims=True)
+        # Who listens to no patch, such as those of the last layer where CLS is all that
+        # counts, has itself alone as its field.
+        impact = jnp.where(total > 0, impact, jnp.eye(impact.shape[-1]))
         field = fields.responsive_field(impact, self._grid, mass=MASS)
         share = impact / impact.sum(-1, keepdims=True)
         parts = tendency(share, self._grid)
@@ -155,7 +159,7 @@ class Tendency:
         pairs = {"displacement": summary["raw_correlation"]}
         pairs |= {name: of["correlation"] for name, of in nulls.items()}
         shares["correlation"] = {
-            name: Curve(layers.astype(float), *[np.array(of["by_layer"])] * 3)
+            name: Curve(layers.astype(float), *[np.array(of["by_layer"], float)] * 3)
             for name, of in pairs.items()
         }
         yield "tendency", evidence(shares, "layer", own=(FITTED,))
@@ -210,17 +214,23 @@ def _shares(arrows, by, estimate: Estimate) -> Summary:
 
 
 def _correlations(arrows: Float[np.ndarray, "B L P 2"]) -> Summary:
-    """Returns correlations of two images' arrows: by layer, their mean, the largest."""
+    """Returns correlations of two images' arrows: by layer, their mean, the largest.
+
+    Where all arrows of an image are 0 there is none; a layer without any has None.
+    """
     count, depth = arrows.shape[:2]
     flat = arrows.reshape(count, depth, -1).swapaxes(0, 1)
     first, second = np.triu_indices(count, 1)
     if not len(first):
         return {"by_layer": [0.0] * depth, "mean": 0.0, "largest": 0.0}
-    pairs = np.stack([np.corrcoef(layer)[first, second] for layer in flat])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pairs = np.stack([np.corrcoef(layer)[first, second] for layer in flat])
+    there = [layer[np.isfinite(layer)] for layer in pairs]
+    found = np.concatenate([*there, [] if any(map(len, there)) else [0.0]])
     return {
-        "by_layer": pairs.mean(1).tolist(),
-        "mean": float(pairs.mean()),
-        "largest": float(pairs.max()),
+        "by_layer": [float(layer.mean()) if len(layer) else None for layer in there],
+        "mean": float(found.mean()),
+        "largest": float(found.max()),
     }
 
 

@@ -216,3 +216,10 @@ def test_a_checkpoint_is_exported_in_one_command(tmp_path):
     command.run([*arguments, f"--config.weights={weights}"])
     got, expected = pretrained.load(tmp_path).params, pretrained.load(weights).params
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+    # Into the folder of a run, its settings would be lost.
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name, message in {"run": "config.json would", "file": "be written"}.items():
+        elsewhere = ["--config=export", f"--workdir={tmp_path / name}"]
+        with pytest.raises(UsageError, match=message):
+            command.run([*elsewhere, f"--config.weights={weights}"])

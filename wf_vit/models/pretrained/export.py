@@ -8,6 +8,8 @@ import ml_collections
 from wf_vit import settings
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
+from wf_vit.models.pretrained.runs import DIRECTORY
+from wf_vit.workdir import prepare_workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,11 +24,17 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
     Raises:
       UsageError: the checkpoint cannot be opened, or the layout cannot hold it.
     """
+    if (workdir / DIRECTORY).exists():
+        raise UsageError(
+            f"{workdir} is the folder of a run, whose config.json would be lost: pass "
+            "another --workdir."
+        )
     if not config.weights:
         raise UsageError(
             "config.weights is empty: name a checkpoint, such as the folder of a run."
         )
     loaded = pretrained.load(config.weights, **settings.opening(config))
+    prepare_workdir(workdir)
     loaded.save(workdir, layout=config.layout)
     _LOG.info(
         "Saved %s in the layout %s as %s: %r", config.weights, config.layout, workdir,
