@@ -159,14 +159,14 @@ def rebuild(model: ViT, config: ModelConfig) -> ViT:
     Args:
       model: a checkpoint's model, say.
       config: of which ``name``, ``fields``, ``drop_path``, ``dtype`` and ``remat``
-        count, but not the width of the hidden layer of fields that are there: a ViT
-        can become a window-free transformer, which has the
-        same parameters and those of its fields.
+        count, but not ``fields.hidden`` where the model predicts fields already: a ViT
+        can become a window-free transformer, which has the same parameters and those
+        of its fields.
     """
     options = to_json(model)
     options["name"] = config.name
     options["fields"] = dataclasses.asdict(config.fields)
-    if isinstance(model, FieldViT):
+    if isinstance(model, WindowFreeViT):
         options["fields"]["hidden"] = model.fields.hidden
     for key in ("drop_path", "dtype", "remat"):
         options[key] = getattr(config, key)
