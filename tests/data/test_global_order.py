@@ -176,8 +176,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(grouped, groups):
 def test_every_epoch_has_every_example_once(grouped, train):
     config = grouped(4, train)
     config.crop = "none"
-    config.eval = {"train": train}
-    (stored,) = dataset_of(config).eval_batches("train", batch_size=TRAIN)
+    config.eval = {"stored": train}
+    (stored,) = dataset_of(config).eval_batches("stored", batch_size=TRAIN)
     own = stored["mask"]
     expected = collections.Counter(
         (image.tobytes(), int(label))

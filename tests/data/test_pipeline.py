@@ -62,8 +62,8 @@ def test_batches_have_the_stated_form(digits):
 
 def test_every_epoch_has_every_example_once_in_a_new_order(digits):
     first, second = _epochs(digits, 2, seed=0)
-    digits.eval = {"train": digits.train}
-    stored = _examples(dataset_of(digits).eval_batches("train", batch_size=100))
+    digits.eval = {"stored": digits.train}
+    stored = _examples(dataset_of(digits).eval_batches("stored", batch_size=100))
     assert len(stored) == TRAIN
     assert collections.Counter(first) == collections.Counter(stored)
     assert collections.Counter(second) == collections.Counter(stored)
