@@ -81,6 +81,10 @@ VARIANTS = {
     "winft_random": {**_WINFT, **_guided(indicator="random")},
     "winft_distance": {**_WINFT, **_guided(indicator="distance")},
     "vit_guided": {"model.name": "vit", **_guided("vit")},
+    "growing_window_guided": {
+        "model.name": "growing_window",
+        **_guided("growing_window"),
+    },
     "vit_guided_by_winft": {"model.name": "vit", **_guided("winft")},
     "winft_guided": {**_WINFT, **_guided("winft")},
     "winft_guided_by_vit": {**_WINFT, **_guided("vit")},
