@@ -27,6 +27,10 @@ The size is that of configs/cifar10.py, every key of which can be overridden:
         --config.total_epochs=100 --config.model.dtype=bfloat16 --seeds=0,1,2
 
 For a sweep of a setting over all variants, override it and name another --output.
+Trainings of several lengths, each in a folder of its own, are drawn over their whole
+cost, to OUTPUT/costs.png and costs.md; nothing is trained then:
+
+    python -m benchmarks.windowfree --output=results/all --compare=results/32,results/75
 """
 
 import json
@@ -34,17 +38,19 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
+from matplotlib.ticker import LogLocator, NullLocator
 from ml_collections import config_flags
 
 from benchmarks import sweep
-from wf_vit import stops
+from wf_vit import figures, stops
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.runs import DIRECTORY
 from wf_vit.models.windowfree import FieldViT
@@ -304,14 +310,13 @@ def table(summary: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in summary:
-        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
         slower = base["train_images_per_second"] / row["train_images_per_second"]
         total = row["training_flops"]
         cost = "" if total is None else f"{total / 1e12:,.1f}"
         share = row.get("steps_to_unguided")
         reached = "" if share is None else f"{100 * share:.0f} %"
         lines.append(
-            f"| {row['variant']} | {row['top1']:.2f}{spread} | {row['seeds']} | "
+            f"| {row['variant']} | {_percent(row)} | {row['seeds']} | "
             f"{row['parameters']:,} | {row['gflops']:.4f} | {slower:.2f} | {cost} | "
             f"{reached} |"
         )
@@ -322,6 +327,83 @@ def table(summary: list[dict[str, Any]]) -> str:
         "teacher costs, whose own training is part of it."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def compare(folders: Sequence[Path], output: Path) -> str:
+    """Writes the top-1 of each variant over the whole cost of its training.
+
+    Args:
+      folders: each with the results of trainings of one length.
+      output: folder for costs.png, and for costs.md, a table.
+
+    Returns:
+      The table.
+
+    Raises:
+      UsageError: a folder has no results, or they are of other images.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    images = {}
+    for folder in folders:
+        results = read_results(folder / RESULTS)
+        if not results:
+            raise UsageError(f"{folder} has no {RESULTS}: train something there first.")
+        for row in summarize(results):
+            result = results[row["variant"]]
+            if row["training_flops"] is None:
+                raise UsageError(
+                    f"{folder} does not say what {row['variant']!r} cost: there were "
+                    "no results of its teacher. Train it again beside them."
+                )
+            images[folder] = (result["train_images"], result["test_images"])
+            row["epochs"] = result["rows"][-1]["epoch"]
+            rows.setdefault(row["variant"], []).append(row)
+    if len(set(images.values())) > 1:
+        raise UsageError(
+            "These were trained or tested on different numbers of images, which cannot "
+            f"be compared by cost: {', '.join(f'{k}: {v}' for k, v in images.items())}."
+        )
+    lines = [
+        "| variant | epochs | training, TFLOPs | test top-1, % | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    curves = {}
+    for variant in filter(rows.__contains__, VARIANTS):
+        found = sorted(rows[variant], key=lambda row: row["training_flops"])
+        lines += [
+            f"| {variant} | {row['epochs']:g} | {row['training_flops'] / 1e12:,.1f} | "
+            f"{_percent(row)} | {row['seeds']} |"
+            for row in found
+        ]
+        costs = np.array([row["training_flops"] / 1e12 for row in found])
+        mean = np.array([row["top1"] for row in found])
+        deviation = np.array([row["deviation"] or 0 for row in found])
+        curves[variant] = figures.Curve(costs, mean, mean - deviation, mean + deviation)
+    note = (
+        "Mean ± standard deviation over seeds. The cost is that of one seed: three "
+        "forward passes for each image, and all that its teacher costs, whose own "
+        "training is part of it."
+    )
+    written = "\n".join([*lines, "", note, ""])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "costs.md").write_text(written)
+    own = [variant for variant in curves if variant.startswith(UNGUIDED)]
+    with figures.style():
+        figure = figures.evidence(
+            {"": curves}, "whole training, TFLOPs", own=own, ylabel="test top-1, %"
+        )
+        axis = figure.axes[0].xaxis
+        figure.axes[0].set_xscale("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+        figure.savefig(output / "costs.png")
+    return written
+
+
+def _percent(row: dict[str, Any]) -> str:
+    spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
+    return f"{row['top1']:.2f}{spread}"
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -342,6 +424,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     started = time.perf_counter()
     folder = Path(_OUTPUT.value)
+    if _COMPARE.value:
+        print(compare([Path(name) for name in _COMPARE.value], folder))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     teachers = Path(_TEACHERS.value or folder / "runs")
     seeds = [int(seed) for seed in _SEEDS.value]
@@ -402,6 +487,9 @@ if __name__ == "__main__":
     _TEST = flags.DEFINE_integer("test_images", 0, "Use the first so many; 0: all.")
     _TEACHERS = flags.DEFINE_string(
         "teachers", None, "Run folders of the teachers; OUTPUT/runs by default."
+    )
+    _COMPARE = flags.DEFINE_list(
+        "compare", None, "Draw these results over their cost; train nothing."
     )
     _MINUTES = flags.DEFINE_float(
         "minutes", 0, "Stop after these, to go on later; 0: never."

@@ -73,3 +73,55 @@ def test_the_cost_of_the_teacher_is_counted(tmp_path):
     text = windowfree.table(windowfree.summarize(results))
     assert " | 1.00 | 8,345.6 | " in text
     assert text.count(" |  | ") == 1
+
+
+def trained(folder, variants, **changes):
+    """Writes results as they would be of trainings of one length."""
+    results = {
+        name: {
+            "rows": [{"epoch": 8, "test/top1": top1}],
+            "training_flops": cost,
+            "parameters": 100,
+            "flops": 1e7,
+            "train_images_per_second": 50.0,
+            "device": "cpu",
+            "train_images": 5000,
+            "test_images": 10_000,
+            **changes,
+        }
+        for name, (top1, cost) in variants.items()
+    }
+    folder.mkdir()
+    windowfree.write_results(folder / windowfree.RESULTS, results)
+
+
+def test_trainings_are_compared_by_their_whole_cost(tmp_path):
+    long = {"winft": ([0.6, 0.62], 4e13), "winft_guided": ([0.65], 8e13)}
+    trained(tmp_path / "long", long)
+    trained(tmp_path / "short", {"winft": ([0.5, 0.52], 1e13), "vit": ([0.4], 9e12)})
+    folders = [tmp_path / "long", tmp_path / "short"]
+    windowfree.compare(folders, tmp_path / "out")
+    rows = (tmp_path / "out/costs.md").read_text().splitlines()[2:6]
+    assert rows == [
+        "| vit | 8 | 9.0 | 40.00 | 1 |",
+        "| winft | 8 | 10.0 | 51.00 ± 1.41 | 2 |",
+        "| winft | 8 | 40.0 | 61.00 ± 1.41 | 2 |",
+        "| winft_guided | 8 | 80.0 | 65.00 | 1 |",
+    ]
+    assert (tmp_path / "out/costs.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("variants", "changes", "message"),
+    [
+        ({"vit": ([0.4], 9e12)}, {"train_images": 10_000}, r"\(10000, 10000\)"),
+        ({"winft_guided": ([0.4], None)}, {}, "what 'winft_guided' cost"),
+        ({}, {}, "has no results.json"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, variants, changes, message):
+    trained(tmp_path / "one", {"winft": ([0.5], 1e13)})
+    trained(tmp_path / "other", variants, **changes)
+    with pytest.raises(UsageError, match=message):
+        windowfree.compare([tmp_path / "one", tmp_path / "other"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
