@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-import tensorflow as tf
 
 from wf_vit.data import pixels
 from wf_vit.data.config import Size, View
+from wf_vit.data.tensorflow import tf
 
 # From (height, width) to (top, left, height, width), int32.
 _Window = Callable[[tf.Tensor], tf.Tensor]

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from wf_vit.data.tensorflow import tfds
 from wf_vit.errors import UsageError
 
 _HOLD_OUT = 5  # one example in five of every class is a test example

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from wf_vit.data.config import Size, printable
 from wf_vit.data.source import Record, Source
+from wf_vit.data.tensorflow import tf
 from wf_vit.errors import UsageError
 
 Batch = dict[str, np.ndarray]

@@ -13,12 +13,10 @@ import os
 import posixpath
 from typing import Any
 
-import tensorflow as tf
-import tensorflow_datasets as tfds
-
 from wf_vit.data import files
 from wf_vit.data.config import ON_ERROR, printable
 from wf_vit.data.source import Record, Source
+from wf_vit.data.tensorflow import tf, tfds
 from wf_vit.errors import UsageError
 
 _LOG = logging.getLogger(__name__)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from wf_vit.data import decode
 from wf_vit.data.config import ON_ERROR, DataConfig, DataInfo
@@ -23,6 +21,7 @@ from wf_vit.data.folder_source import open_folder
 from wf_vit.data.order import Order, Share, count_groups
 from wf_vit.data.source import Record, Source
 from wf_vit.data.stream import epoch_of, epoch_seed, shuffled_for_ever
+from wf_vit.data.tensorflow import tf, tfds
 from wf_vit.data.tfds_source import builder_source, open_tfds
 from wf_vit.errors import UsageError
 

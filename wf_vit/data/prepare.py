@@ -10,12 +10,11 @@ import shutil
 from pathlib import Path
 
 import ml_collections
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import download_manager
 
 from wf_vit.data.digits import prepared_builder
 from wf_vit.data.folder_source import open_folder
+from wf_vit.data.tensorflow import tf, tfds
 from wf_vit.data.tfds_source import (
     builder_source,
     describe_splits,

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 
 from wf_vit.data.config import ON_ERROR, printable
+from wf_vit.data.tensorflow import tf, tfds
 from wf_vit.errors import UsageError
 
 _LOG = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import tensorflow as tf
+from wf_vit.data.tensorflow import tf
 
 Record = dict[str, tf.Tensor]
 

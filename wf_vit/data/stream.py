@@ -2,10 +2,9 @@
 
 import math
 
-import tensorflow as tf
-
 from wf_vit.data.order import TURN, Order, Share
 from wf_vit.data.source import Source
+from wf_vit.data.tensorflow import tf
 
 # Of a run. They are the low bits of seeds, and the number of the group lies above.
 _EPOCH_BITS = 24

@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import tensorflow as tf
-import tensorflow_datasets as tfds
-
 from wf_vit.data import records
 from wf_vit.data.config import ON_ERROR
 from wf_vit.data.source import Record, Source
+from wf_vit.data.tensorflow import tf, tfds
 from wf_vit.errors import UsageError
 
 # Read at the same time, of all groups of a split together; each holds 8 MiB.

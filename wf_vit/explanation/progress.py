@@ -49,8 +49,8 @@ def expected(model: ViT, forward_passes: int) -> tuple[float, str]:
     return seconds, (
         f"about {max(seconds, 1):.0f} s each here ({count / 1e9:,.3g} GFLOP, as much "
         f"as {forward_passes} forward passes; {memory / 1e9:.2g} GB of memory), about "
-        f"{_DRAWING:.0f} s to draw it, and the first time about {_COMPILATION:.0f} s of "
-        "compilation"
+        f"{_DRAWING:.0f} s to draw it, and the first time about {_COMPILATION:.0f} s "
+        "of compilation"
     )
 
 

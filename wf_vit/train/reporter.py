@@ -106,17 +106,17 @@ class Reporter:
         self._start = (step, time.perf_counter())
         if not active:
             return
-        # It brings TensorFlow, which whoever reads a finished run can do without.
-        from clu import metric_writers
+        # Whoever reads a finished run can do without TensorFlow. The writers of clu
+        # would bring Keras, too, which takes a second.
+        from wf_vit.data.tensorflow import tf
 
         kept = [row for row in read_jsonl(workdir) if row["step"] <= step]
         write_text(
             workdir / JSONL, "".join(_line(row.pop("step"), row) for row in kept)
         )
         self._file = (workdir / JSONL).open("a", buffering=1)
-        self._writer = metric_writers.AsyncWriter(
-            metric_writers.SummaryWriter(str(workdir))
-        )
+        self._summary = tf.summary
+        self._events = tf.summary.create_file_writer(str(workdir))
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 initial=step,
@@ -132,7 +132,7 @@ class Reporter:
     def __exit__(self, *_) -> None:
         if not self._active:
             return
-        self._writer.close()
+        self._events.close()
         self._file.close()
         if self._bar is not None:
             self._bar.close()
@@ -147,7 +147,9 @@ class Reporter:
         if not self._active:
             return
         self._file.write(_line(step, scalars))
-        self._writer.write_scalars(step, dict(scalars))
+        with self._events.as_default(step):
+            for name, value in scalars.items():
+                self._summary.scalar(name, value)
         text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         if self._bar is None:
             _LOG.info("step %d/%d  %s  %s", step, self._total, text, self._left(step))
@@ -166,7 +168,9 @@ class Reporter:
         if not self._active or self._undrawable:
             return
         try:
-            self._writer.write_images(step, dict(pictures()))
+            with self._events.as_default(step):
+                for name, images in pictures().items():
+                    self._summary.image(name, images)
         # A figure is not worth a run of days, whatever is wrong with it.
         except Exception as error:
             self._undrawable = True
