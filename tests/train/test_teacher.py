@@ -64,9 +64,12 @@ def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
     images = images_for(teacher)
     got = target(guidance, params, images, vit(depth=shallow))
     whole = target(guidance, params, images, teacher)
-    # Rows sum to 1. The two programs round differently, layers differ by far more.
-    np.testing.assert_allclose(got, whole[np.array(expected)], rtol=0, atol=1e-3)
-    assert np.abs(np.diff(whole, axis=0)).max((1, 2, 3)).min() > 0.1
+    # The two programs round differently, which deep layers enlarge on some machines
+    # (1.6e-3 was seen). Layers differ by far more.
+    apart = np.abs(got[:, None] - whole).mean((2, 3, 4))
+    assert apart.argmin(1).tolist() == expected
+    nearest, second = np.sort(apart)[:, :2].T
+    np.testing.assert_array_less(nearest, 1e-3 * second)
 
 
 def test_the_teacher_sees_the_images_in_its_own_normalisation_and_size():
