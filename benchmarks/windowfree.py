@@ -378,7 +378,8 @@ def compare(folders: Sequence[Path], output: Path) -> str:
         costs = np.array([row["training_flops"] / 1e12 for row in found])
         mean = np.array([row["top1"] for row in found])
         deviation = np.array([row["deviation"] or 0 for row in found])
-        curves[variant] = figures.Curve(costs, mean, mean - deviation, mean + deviation)
+        name = variant.replace("_", " ")
+        curves[name] = figures.Curve(costs, mean, mean - deviation, mean + deviation)
     note = (
         "Mean ± standard deviation over seeds. The cost is that of one seed: three "
         "forward passes for each image, and all that its teacher costs, whose own "
@@ -387,7 +388,7 @@ def compare(folders: Sequence[Path], output: Path) -> str:
     written = "\n".join([*lines, "", note, ""])
     output.mkdir(parents=True, exist_ok=True)
     (output / "costs.md").write_text(written)
-    own = [variant for variant in curves if variant.startswith(UNGUIDED)]
+    own = [name for name in curves if name.startswith(UNGUIDED)]
     with figures.style():
         figure = figures.evidence(
             {"": curves}, "whole training, TFLOPs", own=own, ylabel="test top-1, %"
