@@ -66,7 +66,7 @@ def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
     whole = target(guidance, params, images, teacher)
     # The two programs round differently, which deep layers enlarge on some machines
     # (1.6e-3 was seen). Layers differ by far more.
-    apart = np.abs(got[:, None] - whole).mean((2, 3, 4))
+    apart = np.abs(np.asarray(got)[:, None] - np.asarray(whole)).mean((2, 3, 4))
     assert apart.argmin(1).tolist() == expected
     nearest, second = np.sort(apart)[:, :2].T
     np.testing.assert_array_less(nearest, 1e-3 * second)
