@@ -84,6 +84,21 @@ def test_a_patchs_own_part_has_no_trace_of_geometry():
     np.testing.assert_allclose(own.mean(-2), 0, atol=1e-4)
 
 
+@pytest.mark.parametrize("taken", [0.9, 0.99])
+@pytest.mark.parametrize("by", ["itself", "one patch"])
+def test_it_has_none_either_where_one_key_takes_nearly_all(by, taken):
+    noise = jax.random.gamma(jax.random.key(0), 0.5, (PATCHES, PATCHES))
+    rest = np.asarray(noise * local(1.5)) * (1 - np.eye(PATCHES))
+    top = np.eye(PATCHES) if by == "itself" else np.eye(PATCHES)[[17] * PATCHES]
+    rows = taken * top + (1 - taken) * normalized(rest)
+    found = tendency.tendency(jnp.asarray(rows, jnp.float32), GRID)
+    own = np.asarray(found.excess - found.popularity)
+    length = np.sqrt(np.square(np.asarray(found.displacement)).sum(-1).mean())
+    inwards = np.asarray(coordinates(GRID).mean(0) - coordinates(GRID), np.float32)
+    assert np.abs(own.mean(0)).max() < 1e-3 * length
+    assert np.abs((own * inwards).sum(-1).mean()) < 3e-3 * length
+
+
 def test_the_fit_reproduces_sums_over_offsets():
     key = jax.random.key(1)
     rows = jax.random.uniform(key, (PATCHES, PATCHES))
