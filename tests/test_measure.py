@@ -353,6 +353,34 @@ def test_every_indicator_by_its_name(params, images, name):
     assert (found.relative_error is not None) == (name == "propagated")
 
 
+def test_a_recording_of_other_images_or_layers_is_refused(params, images):
+    of_all = measure.record(MODEL, params, images)
+    for shown, layers in ((images[:2], None), (images, [1])):
+        with pytest.raises(UsageError, match="record the same images and layers"):
+            measure.impact(
+                MODEL, params, shown, "mean", layers=layers, recording=of_all
+            )
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("indicator", ["random", "propagated"])
+def test_keys_of_other_images_are_refused(params, images, indicator):
+    keys = jax.random.split(jax.random.key(0), 4)
+    with pytest.raises(UsageError, match=r"shape \(4,\), expected \(\) or \(5,\)"):
+        measure.impact(MODEL, params, images, indicator, key=keys)
+
+
+def test_what_both_heads_of_a_distilled_model_read_is_pooled(images):
+    model = ViT(**SIZES, distillation_token=True)
+    params = random_params(model)
+    one = measure.record(model, params, images)
+    np.testing.assert_allclose(
+        one.pooled, one.tokens[:, :2].reshape(len(images), -1), atol=1e-6
+    )
+    size = sum(array.nbytes for array in jax.tree.leaves(one))
+    assert size == len(images) * recording.bytes_per_image(model)
+
+
 def test_what_an_indicator_needs_is_asked_for(params, images):
     impact = functools.partial(measure.impact, MODEL, params, images)
     with pytest.raises(UsageError, match=r"'odd': choose one of mean, .*odds"):

@@ -81,6 +81,25 @@ def takes_arrays(*names: str) -> Callable[[_Function], _Function]:
     return decorate
 
 
+def check_keys(key: Any, count: int) -> None:
+    """Raises UsageError unless a key is one for all images, or one for each.
+
+    Args:
+      key: of ``jax.random``.
+      count: of images.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise UsageError(
+            f"key is an array of {key.dtype}, expected a key: pass "
+            "jax.random.key(seed) in place of jax.random.PRNGKey(seed)."
+        )
+    if key.shape not in ((), (count,)):
+        raise UsageError(
+            f"key has the shape {key.shape}, expected () or ({count},): pass one key "
+            f"for all {count} images, or jax.random.split(key, {count})."
+        )
+
+
 def is_tensor(values: Any) -> bool:
     """Whether something is a tensor of PyTorch."""
     return all(hasattr(values, method) for method in ("detach", "cpu", "numpy"))

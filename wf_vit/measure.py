@@ -3,8 +3,8 @@
 Everything that measures a model comes through here: guidance, explanations, protocols
 and benchmarks. A call takes one batch, which the caller chooses to fit the memory
 (``models.recording.bytes_per_image``). What runs the model is jitted for the model and
-the layers: calling it again traces nothing. Within ``jax.jit`` what is not used costs
-nothing. Cuts are followed through values; what the heads of a WinfT report is left out.
+the layers; within ``jax.jit`` what is not used costs nothing. Cuts are followed through
+values; what the heads of a WinfT report is left out.
 """
 
 import functools
@@ -102,8 +102,8 @@ def impact(
       The impact, with the recording that it was measured in.
 
     Raises:
-      UsageError: an unknown indicator, layer or target; a key or layers that the
-        indicator needs are missing; or images that do not fit the model.
+      UsageError: an unknown indicator, layer or target; a key or layers that it needs
+        are missing; images, keys or a recording that do not fit.
     """
     if indicator not in INDICATORS:
         raise UsageError(
@@ -136,6 +136,12 @@ def impact(
         )
     if recording is None:
         recording = record(model, params, images, layers=layers)
+    size = len(chosen), len(images), model.num_heads, *[model.num_tokens] * 2
+    if recording.attention.shape != size:
+        raise UsageError(
+            f"recording has attention of shape {recording.attention.shape}, expected "
+            f"{size}: record the same images and layers."
+        )
     control = indicator in CONTROLS
     dropped = 0 if prefix_tokens and not control else model.num_prefix_tokens
     options = {"num_prefix_tokens": dropped}
@@ -153,10 +159,8 @@ def impact(
     of = functools.partial(of, *inputs, **options)
     found = of(per_head=False), of(per_head=True) if per_head else None
     if control and prefix_tokens:
-        before = [(model.num_prefix_tokens, 0)] * 2
-        found = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + before), found
-        )
+        to = [(model.num_prefix_tokens, 0)] * 2
+        found = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + to), found)
     return Impact(*found, None, recording)
 
 

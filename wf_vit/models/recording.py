@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wf_vit.arrays import shapes_of
+from wf_vit.arrays import check_keys, shapes_of
 from wf_vit.models.vit import ViT
 from wf_vit.shapes import Images, Keys, Params
 
@@ -52,6 +52,7 @@ def bytes_per_image(model: ViT, layers: Sequence[int] | None = None) -> int:
     attention = count * model.num_heads * tokens**2
     streams = (count + 1) * tokens * (model.width + 1)
     pooled = model.representation_size or model.width * (1 + (model.pool == "cls_mean"))
+    pooled += model.width * model.distillation_token
     return 4 * (attention + streams + pooled + (model.num_classes or pooled))
 
 
@@ -153,7 +154,11 @@ def random_signs(
       output: what they are multiplied by; only its shape matters.
       key: one ``[]`` for all images or ``[B]`` for each. An image's signs depend on its
         own key, or on the one key and the place in the batch, but not on the others.
+
+    Raises:
+      UsageError: keys of another number of images.
     """
+    check_keys(key, output.shape[0])
     if not key.ndim:
         key = jax.vmap(lambda place: jax.random.fold_in(key, place))(
             jnp.arange(output.shape[0])

@@ -317,7 +317,8 @@ class ViT(nn.Module):
           The logits in float32 (without a head, the pooled representation), and a
           dict: ``tokens [B N D]`` after the final norm; ``scale [B N]``, what that
           divides each token by (1 without one); and ``pooled``, what the head reads:
-          ``[B D]``, unless ``pool`` or ``representation_size`` widens it.
+          ``[B D]``, unless ``pool`` or ``representation_size`` widens it, and the
+          distillation token after it where there is one.
         """
         normed = self.norm(tokens) if self.final_norm else tokens
         source = tokens if self.pool_before_norm else normed
@@ -340,9 +341,10 @@ class ViT(nn.Module):
         scale = jnp.ones(tokens.shape[:2])
         if self.final_norm:
             scale = Norm(self.norm_kind, self.norm_epsilon).divisor(tokens)
-        out = {"tokens": normed, "scale": scale, "pooled": pooled}
+        read = [pooled, normed[:, 1]] if self.distillation_token else [pooled]
+        out = {"tokens": normed, "scale": scale, "pooled": jnp.concatenate(read, -1)}
         if not self.num_classes:
-            return pooled.astype(jnp.float32), out
+            return out["pooled"].astype(jnp.float32), out
         logits = self.head(pooled.astype(jnp.float32))
         if self.distillation_token:
             distilled = self.head_distillation(normed[:, 1].astype(jnp.float32))
