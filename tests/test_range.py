@@ -379,3 +379,36 @@ def test_what_is_kept(examples):
         share=st.sampled_from([1 / 6, 0.25, 0.5, 1.0]),
         jit=st.booleans(),
     )
+
+
+def test_sixty_four_bits_change_no_type():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        attention = jax.nn.softmax(jnp.asarray(rng.normal(size=(2, 3, 10, 10))), -1)
+        values, kernel = rng.normal(size=(2, 10, 3, 4)), rng.normal(size=(3, 4, 12))
+        cotangents = jnp.asarray(rng.normal(size=(2, 10, 12)))
+        layer, prefix = (attention, values, kernel), {"num_prefix_tokens": 1}
+        impact = interaction_indicator(attention, **prefix)
+        odds = interaction_indicator(attention, **prefix, method="odds")
+        found = [
+            odds,
+            interaction_indicator(
+                attention, **prefix, method="random", key=jax.random.key(0)
+            ),
+            attention_rollout(attention[:, None], **prefix),
+            mean_attention_distance(attention, **prefix),
+            knockout_impact(*layer, **prefix),
+            knockout_impact(*layer, **prefix, per_head=True),
+            knockout_effect(*layer, cotangents, **prefix),
+            propagated_knockout(
+                *layer, lambda probe: cotangents * (1 + probe), **prefix, num_probes=2
+            ),
+            fields.responsive_field(impact, (3, 3))._replace(mask=None),
+            fields.discriminability(impact),
+            fields.heard(attention, 1),
+            interventions.attention_bias(
+                interventions.keep_strongest(impact[:, None], 0.5), **prefix
+            ),
+        ]
+        types = {str(leaf.dtype) for leaf in jax.tree.leaves(found)}
+    assert types == {"float32"}

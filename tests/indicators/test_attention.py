@@ -9,6 +9,7 @@ import pytest
 
 from tests.indicators.layer import random_attention
 from wf_vit import indicators
+from wf_vit.errors import UsageError
 from wf_vit.grid import distances
 
 METHODS = ("mean", "max", "std", "odds")
@@ -152,6 +153,36 @@ def test_half_precision_is_computed_in_float32():
 
 
 # Rollout.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_odds_of_nearly_all_attention_are_those_of_the_rest(dtype):
+    weights = np.float32([[[0.999, 6e-4, 4e-4], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]])
+    attention = jnp.asarray(weights).astype(dtype)
+    exact = np.float64(attention)
+    others = exact.sum(-1, keepdims=True) - exact
+    got = indicators.interaction_indicator(
+        attention, num_prefix_tokens=0, method="odds"
+    )
+    np.testing.assert_allclose(got, (exact / others)[0], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            jax.random.split(jax.random.key(0), 3),
+            r"shape \(3,\), expected \(\) or \(2,\)",
+        ),
+        (jax.random.PRNGKey(0), r"jax.random.key\(seed\)"),
+    ],
+)
+def test_keys_of_other_images_are_refused(key, message):
+    attention = jnp.full((2, 1, 4, 4), 0.25)
+    options = {"num_prefix_tokens": 0, "method": "random"}
+    with pytest.raises(UsageError, match=message):
+        indicators.interaction_indicator(attention, key=key, **options)
 
 
 def test_rollout_of_one_layer_is_attention_and_bypass():

@@ -130,6 +130,24 @@ def test_gradients_are_finite_and_right():
 
 
 @pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("sharpness", [30.0, 60.0, 80.0, 95.0])
+def test_gradients_are_finite_however_sure_a_head_is(sharpness, per_head):
+    layer = Layer()
+    _, *others = layer.arrays()
+    # One key is above all others by that much, which differ by up to 1.
+    logits = layer.logits / np.ptp(layer.logits)
+    logits = jnp.asarray(logits, jnp.float32).at[:, :, 3].add(sharpness)
+
+    def impact(logits):
+        attention = jax.nn.softmax(logits, axis=-1)
+        return indicators.knockout_impact(
+            attention, *others, num_prefix_tokens=1, per_head=per_head
+        ).sum()
+
+    assert jnp.isfinite(jax.grad(impact)(logits)).all()
+
+
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("block_size", [1, 5])
 def test_blocks_of_queries_do_not_change_the_result(block_size, per_head):
     arrays = Layer().arrays()

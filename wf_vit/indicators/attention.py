@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from wf_vit.arrays import check_keys
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid, distances, infer_grid
 from wf_vit.indicators import checks
@@ -38,8 +39,8 @@ def interaction_indicator(
     """Returns the impact of every interaction from attention alone, or a baseline.
 
     Over the heads ``mean``, ``max`` and ``std`` take what they are named after and
-    ``odds`` the mean of ``a / (1 - a)``, the weight of a key against all others
-    (at most 1 / epsilon). Per head, ``mean`` and ``max`` give the attention itself,
+    ``odds`` the mean of the weight of a key over the sum of all others (at most 1 /
+    epsilon). Per head, ``mean`` and ``max`` give the attention itself,
     ``odds`` its odds, and ``std`` the distance to the mean over heads, of which the
     fused ``std`` is the root mean square. The baselines see no weights:
     ``distance`` is ``1 / (1 + patches between i and j)``, ``random`` is uniform.
@@ -104,10 +105,12 @@ def interaction_indicator(
 
 def _noise(key: Keys, shape: tuple[int, ...], axis: int) -> Float[Array, "..."]:
     """Returns uniform noise, by one key or by one for each index of an axis."""
+    # Without that axis there is one image, and one key.
+    check_keys(key, shape[axis] if len(shape) >= -axis else 1)
     if not key.ndim:
-        return jax.random.uniform(key, shape)
+        return jax.random.uniform(key, shape, jnp.float32)
     each = shape[:axis] + shape[axis + 1 :]
-    drawn = jax.vmap(lambda one: jax.random.uniform(one, each))(key)
+    drawn = jax.vmap(lambda one: jax.random.uniform(one, each, jnp.float32))(key)
     return jnp.moveaxis(drawn, 0, axis)
 
 
@@ -126,7 +129,8 @@ def attention_rollout(
     """Returns the attention rollout up to every layer (Abnar & Zuidema 2020, sec. 3).
 
     The rollout multiplies ``w I + (1 - w) A`` over the layers, each renormalised to
-    rows of sum 1, so that rows of the result sum to 1 over all N tokens.
+    rows of sum 1, so that rows of the result sum to 1 over all N tokens. With
+    ``head_fusion="min"`` and w = 0 a row can be all zero, and stays so.
 
     Args:
       attention: weights of all layers from the first on, layers in front.
@@ -161,7 +165,7 @@ def attention_rollout(
         raise UsageError(f"head_fusion is {head_fusion!r}, expected mean, max or min.")
 
     def mix(weights):
-        bypass = jnp.broadcast_to(jnp.eye(tokens), weights.shape)
+        bypass = jnp.broadcast_to(jnp.eye(tokens, dtype=weights.dtype), weights.shape)
         return normalize_rows(
             residual_weight * bypass + (1 - residual_weight) * weights
         )
@@ -176,7 +180,8 @@ def attention_rollout(
         return rollout, drop_prefix(heads, num_prefix_tokens)
 
     batch = attention.shape[1:-3]
-    identity = jnp.broadcast_to(jnp.eye(tokens), (*batch, tokens, tokens))
+    identity = jnp.eye(tokens, dtype=jnp.float32)
+    identity = jnp.broadcast_to(identity, (*batch, tokens, tokens))
     _, rollouts = lax.scan(add_layer, identity, attention)
     return normalize_rows(rollouts) if normalize else rollouts
 
@@ -220,4 +225,11 @@ def mean_attention_distance(
 
 
 def _odds(attention):
-    return attention / jnp.maximum(1 - attention, jnp.finfo(jnp.float32).eps)
+    # Of the largest weight, 1 - a is mostly rounding where it is near 1. So the others
+    # are summed, without the difference.
+    top = attention.max(-1, keepdims=True)
+    is_top = attention == top
+    below = jnp.where(is_top, 0.0, attention).sum(-1, keepdims=True)
+    beside_top = below + (is_top.sum(-1, keepdims=True) - 1) * top
+    others = jnp.where(is_top, beside_top, beside_top + top - attention)
+    return attention / jnp.maximum(others, jnp.finfo(jnp.float32).eps)

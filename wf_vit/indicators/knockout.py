@@ -244,8 +244,12 @@ def _cut(rows: Float[Array, "H Q N"], values: Float[Array, "H N K"]) -> _Cut:
     # The sum of the others stands in for 1 - a, which would cancel at the top key.
     rest_sum = rest.sum(-1)
     total = rest_sum + top_weight
-    divisor = jnp.where(rest_sum > 0, rest_sum, 1.0)
-    without_top = einsum("hqn,hnk->hqk", rest, values) / divisor[..., None]
+    # The gradient of their mean is in inverse proportion to their sum: none where that
+    # would leave float32's range, and no square of the sum on the way.
+    rest = jnp.where(rest_sum[..., None] < 1e-30, lax.stop_gradient(rest), rest)
+    divisor = jnp.where(rest_sum > 0, rest_sum, 1.0)[..., None]
+    near = lax.stop_gradient(jnp.maximum(divisor, 1e-30))
+    without_top = einsum("hqn,hnk->hqk", rest, values) / near / (divisor / near)
     shift = jnp.take_along_axis(values, top[..., None], 1) - without_top
     share = top_weight / total
     return _Cut(
@@ -273,7 +277,7 @@ def _image_impact(
     """
     g, h = np.triu_indices(values.shape[0])
     pairs = np.arange(len(g))
-    multiplicity = np.where(g == h, 1.0, 2.0)
+    multiplicity = np.where(g == h, 1.0, 2.0).astype(np.float32)
     gram_of_pairs = gram[g, h]
     keys = values[:, first_key:]
     seen_keys = einsum("pnk,pkl->pnl", keys[g], gram_of_pairs)

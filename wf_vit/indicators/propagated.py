@@ -172,9 +172,8 @@ def propagated_knockout(
 
     def zeros(*batch, width=patches):
         least = jnp.full((*batch, 1, 1), _NOTHING)
-        return _Sums(
-            jnp.zeros((*batch, patches, width)), jnp.zeros((*batch, 1, 1)), least
-        )
+        square = jnp.zeros((*batch, patches, width), jnp.float32)
+        return _Sums(square, jnp.zeros((*batch, 1, 1), jnp.float32), least)
 
     heads = zeros(*attention.shape[:-2]) if per_head else None
     start = (zeros(*batch), heads, zeros(*batch, width=1))
