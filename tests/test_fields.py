@@ -152,6 +152,17 @@ def test_discriminability_is_the_spread_over_queries():
     np.testing.assert_allclose(fields.discriminability(indicator), [[0.0, 2.0]])
 
 
+@pytest.mark.parametrize("mass", [0.9, 0.999999, 0.99999999])
+def test_extents_end_where_the_impact_ends(mass):
+    impact = np.zeros((8, 8), np.float32)
+    impact[:, 2:6] = [0.1, 0.3, 0.3, 0.3]
+    field = fields.responsive_field(jnp.asarray(impact), (1, 8), mass=mass)
+    left, _, right, _ = field.extents[3]
+    cut = (1 - mass) / 2  # Of 3.5 - 2 = 1.5 to the left and 6 - 3.5 = 2.5 to the right.
+    np.testing.assert_allclose(left, 1.5 - cut / 0.1, rtol=1e-5)
+    np.testing.assert_allclose(right, 2.5 - cut / 0.3, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
@@ -167,6 +178,22 @@ def test_discriminability_is_the_spread_over_queries():
 def test_bad_input_is_refused(change, arguments, message):
     with pytest.raises(UsageError, match=message):
         fields.responsive_field(change(one_hot_at(1)), **{"grid": GRID} | arguments)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("function", [fields.discriminability, fields.heard])
+def test_what_is_no_matrix_is_refused(function):
+    options = (0,) if function is fields.heard else ()
+    with pytest.raises(UsageError, match=r"shape \(3, 4\), expected \[..., "):
+        function(jnp.ones((3, 4)), *options)
+    with pytest.raises(UsageError, match="NaN or infinite"):
+        function(jnp.full((3, 3), jnp.nan), *options)
+
+
+@pytest.mark.parametrize("prefix", [-1, 3])
+def test_what_is_heard_of_no_patch_is_refused(prefix):
+    with pytest.raises(UsageError, match=f"num_prefix_tokens is {prefix} with 3"):
+        fields.heard(jnp.ones((3, 3)), prefix)
 
 
 # Statistics.
@@ -260,3 +287,8 @@ def test_what_is_heard_leaves_out_the_patch_itself():
     matrix = jnp.arange(16.0).reshape(4, 4)
     # Of the last three tokens: columns 1 to 3 without the diagonal.
     np.testing.assert_array_equal(fields.heard(matrix, 1), [28 - 5, 32 - 10, 36 - 15])
+
+
+def test_what_is_heard_is_not_lost_beside_the_patch_itself():
+    matrices = np.full((3, 3), 1e-6, np.float32) + 1e6 * np.eye(3, dtype=np.float32)
+    np.testing.assert_allclose(fields.heard(jnp.asarray(matrices), 1), 2e-6, rtol=1e-6)

@@ -130,6 +130,30 @@ def test_says_what_is_wrong_with_scores(scores, options, message):
 
 
 @pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
+def test_numbers_are_no_mask():
+    with pytest.raises(UsageError, match="holds float32, expected a mask"):
+        interventions.attention_bias(jnp.ones((1, 1, 4, 4)), num_prefix_tokens=0)
+
+
+def test_a_query_without_any_key_is_refused():
+    keep = jnp.ones((1, 1, 4, 4), bool).at[0, 0, 2].set(False)
+    with pytest.raises(UsageError, match="leaves a query without any key"):
+        interventions.attention_bias(keep, num_prefix_tokens=0)
+    (bias,) = interventions.attention_bias(keep, num_prefix_tokens=1)
+    assert (jnp.isfinite(bias).any(-1)).all()
+
+
+def test_windows_hold_at_least_one_patch_of_one_layer():
+    with pytest.raises(UsageError, match="max_area is 0"):
+        interventions.square_window((3, 3), 0)
+    with pytest.raises(UsageError, match="max_area is -1"):
+        interventions.partition((3, 3), 2, -1)
+    with pytest.raises(UsageError, match="depth is 0"):
+        interventions.partition((3, 3), 0, 4)
+
+
+@pytest.mark.usefixtures("no_type_checks")
 def test_says_what_is_wrong_with_masks():
     with pytest.raises(UsageError, match="keep has shape"):
         interventions.attention_bias(jnp.ones((2, 3, 3), bool), num_prefix_tokens=1)

@@ -18,18 +18,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wf_vit.arrays import shapes_of, takes_arrays
 from wf_vit.errors import UsageError
 from wf_vit.grid import Grid, coordinates, displacements
-from wf_vit.indicators.arithmetic import join, split
+from wf_vit.indicators.arithmetic import einsum, join, split
 from wf_vit.shapes import Interactions
 from wf_vit.tendency import explained_share, tendency
-
-# Accelerators multiply float32 in fewer bits unless told otherwise.
-_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Field(NamedTuple):
@@ -86,7 +83,8 @@ def responsive_field(
       UsageError: shapes that do not fit, ``mass`` out of range, or impact that is
         negative or not finite.
     """
-    _check_indicator(indicator)
+    _check_square("indicator", indicator)
+    _check_finite("indicator", indicator, signed=False)
     if grid[0] * grid[1] != indicator.shape[-1]:
         raise UsageError(
             f"grid {tuple(grid)} has {grid[0] * grid[1]} patches, but the indicator of "
@@ -95,23 +93,25 @@ def responsive_field(
         )
     if not 0 < mass < 1:
         raise UsageError(f"mass is {mass}, expected a share between 0 and 1.")
-    return _responsive_field(indicator, (int(grid[0]), int(grid[1])), mass)
+    # Of 1 - mass float32 may leave nothing.
+    tail = (1 - mass) / 2
+    return _responsive_field(indicator, (int(grid[0]), int(grid[1])), mass, tail)
 
 
 @partial(jax.jit, static_argnames="grid")
-def _responsive_field(indicator, grid, mass):
+def _responsive_field(indicator, grid, mass, tail):
     share = _row_distributions(indicator)
     num_patches = share.shape[-1]
     step = displacements(grid)
     squares = step[..., :, None] * step[..., None, :]
     arrows = tendency(share, grid)
     displacement = arrows.displacement
-    around_patch = _einsum("...ij,ijcd->...icd", share, squares)
+    around_patch = einsum("...ij,ijcd->...icd", share, squares)
     shift = displacement[..., :, None] * displacement[..., None, :]
     mask, count = _smallest_set(share, mass)
     return Field(
-        extents=_quantile_extents(share, grid, mass),
-        area=count / num_patches,
+        extents=_quantile_extents(share, grid, tail),
+        area=count.astype(jnp.float32) / num_patches,
         displacement=displacement,
         excess=arrows.excess,
         covariance=around_patch - shift,
@@ -130,26 +130,27 @@ def _identity(shape):
     return jnp.broadcast_to(jnp.eye(shape[-1], dtype=bool), shape)
 
 
-def _quantile_extents(share, grid, mass):
+def _quantile_extents(share, grid, tail):
     marginals = share.reshape(*share.shape[:-1], *grid)
     own = coordinates(grid) + 0.5  # Centres, where 0 is the edge of the grid.
-    levels = ((1 - mass) / 2, (1 + mass) / 2)
     columns, rows = marginals.sum(-2), marginals.sum(-1)
-    low, high = (
-        jnp.stack([_quantile(columns, level), _quantile(rows, level)], -1)
-        for level in levels
-    )
-    own = jnp.broadcast_to(own, low.shape)
-    return jnp.maximum(jnp.concatenate([own - low, high - own], -1), 0.0)
+    before = jnp.stack([_quantile(columns, tail), _quantile(rows, tail)], -1)
+    # From the other end: a tail is more exact than what is left of 1 without it.
+    columns, rows = jnp.flip(columns, -1), jnp.flip(rows, -1)
+    after = jnp.stack([_quantile(columns, tail), _quantile(rows, tail)], -1)
+    size = np.asarray(grid[::-1], np.float32)
+    own, behind = (jnp.broadcast_to(x, before.shape) for x in (own, size - own))
+    return jnp.maximum(jnp.concatenate([own - before, behind - after], -1), 0.0)
 
 
 def _quantile(marginal, level):
-    """Returns where a piecewise uniform distribution reaches a level.
+    """Returns where a piecewise uniform distribution reaches a level, in cells.
 
     Each cell counts by the share of its width that lies below that point.
     """
-    below = marginal.cumsum(-1) - marginal
-    return jnp.clip((level - below) / jnp.maximum(marginal, 1e-12), 0.0, 1.0).sum(-1)
+    below = jnp.pad(marginal.cumsum(-1), [(0, 0)] * (marginal.ndim - 1) + [(1, 0)])
+    missing = level - below[..., :-1]
+    return jnp.clip(missing / jnp.maximum(marginal, 1e-12), 0.0, 1.0).sum(-1)
 
 
 def _smallest_set(share, mass):
@@ -165,7 +166,6 @@ def _smallest_set(share, mass):
 
 
 @takes_arrays("indicator")
-@jax.jit
 def discriminability(indicator: Interactions) -> Float[Array, "*batch P"]:
     """Returns how much the impact of each patch depends on who is asking.
 
@@ -177,7 +177,17 @@ def discriminability(indicator: Interactions) -> Float[Array, "*batch P"]:
 
     Returns:
       ``[..., P]``, in units of the indicator.
+
+    Raises:
+      UsageError: a shape that does not fit, or impact that is not finite.
     """
+    _check_square("indicator", indicator)
+    _check_finite("indicator", indicator)
+    return _discriminability(indicator)
+
+
+@jax.jit
+def _discriminability(indicator):
     numbers, exponents = split(indicator.astype(jnp.float32), -2)
     return join(numbers.std(-2), exponents[..., 0, :])
 
@@ -197,11 +207,28 @@ def heard(
 
     Returns:
       Sums of columns without the diagonal, ``[..., P]``.
+
+    Raises:
+      UsageError: a shape or a number of prefix tokens that does not fit, or numbers
+        that are not finite.
     """
-    numbers, exponents = split(jnp.asarray(matrices).astype(jnp.float32), -2)
-    own = jnp.diagonal(numbers, axis1=-2, axis2=-1)
-    sums = join(numbers.sum(-2) - own, exponents[..., 0, :])
-    return sums[..., num_prefix_tokens:]
+    _check_square("matrices", matrices, "N")
+    if not 0 <= num_prefix_tokens < matrices.shape[-1]:
+        raise UsageError(
+            f"num_prefix_tokens is {num_prefix_tokens} with {matrices.shape[-1]} "
+            "tokens, which leaves no patches: count the CLS, register and distillation "
+            "tokens."
+        )
+    _check_finite("matrices", matrices)
+    return _heard(matrices)[..., num_prefix_tokens:]
+
+
+@jax.jit
+def _heard(matrices):
+    # What a token does to itself may be so large that the rest would be lost beside it.
+    others = jnp.where(_identity(matrices.shape), 0.0, matrices.astype(jnp.float32))
+    numbers, exponents = split(others, -2)
+    return join(numbers.sum(-2), exponents[..., 0, :])
 
 
 class Statistics(NamedTuple):
@@ -316,26 +343,28 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
 
 
 @jax.jit
-def _worst(indicator):
-    return jnp.isfinite(indicator).all(), indicator.min()
+def _worst(array):
+    return jnp.isfinite(array).all(), array.min()
 
 
-def _check_indicator(indicator):
-    shape = indicator.shape
-    if len(shape) < 2 or shape[-1] != shape[-2]:
+def _check_square(name, array, letter="P"):
+    if array.ndim < 2 or array.shape[-1] != array.shape[-2]:
         raise UsageError(
-            f"indicator has shape {shape}, expected [..., P, P]: pass what "
-            "wf_vit.indicators returns."
+            f"{name} has shape {array.shape}, expected [..., {letter}, {letter}]: pass "
+            "what wf_vit.indicators returns."
         )
-    if isinstance(indicator, jax.core.Tracer):
+
+
+def _check_finite(name, array, *, signed=True):
+    if isinstance(array, jax.core.Tracer):
         return
-    # The indicator may be a constant of a function that is being traced.
+    # The array may be a constant of a function that is being traced.
     with jax.ensure_compile_time_eval():
-        finite, minimum = _worst(indicator)
-        if finite and minimum >= 0:
+        finite, minimum = _worst(array)
+        if finite and (signed or minimum >= 0):
             return
         found = f"as low as {minimum:.3g}" if finite else "NaN or infinite"
     raise UsageError(
-        f"the indicator of shape {shape} is {found} somewhere, expected finite numbers "
-        "from 0 on: take the absolute value of a signed effect first."
+        f"{name} of shape {array.shape} is {found} somewhere, expected finite numbers"
+        + ("." if signed else " from 0 on: take the absolute value of a signed effect.")
     )

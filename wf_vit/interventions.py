@@ -124,13 +124,15 @@ def _largest(scores, count):
     return above | (ties & (ties.cumsum(-1) <= vacant))
 
 
+@takes_arrays("keep")
 def attention_bias(
     keep: Keep, *, num_prefix_tokens: int
 ) -> list[Float[Array, "B H N N"]]:
     """Returns what cuts all other interactions, for ``ViT.encode(..., bias=...)``.
 
     Args:
-      keep: interactions between patches that are kept; every query keeps some.
+      keep: interactions between patches that are kept; without prefix tokens every
+        query keeps some.
       num_prefix_tokens: tokens before the patches, whose interactions all stay.
 
     Returns:
@@ -138,17 +140,31 @@ def attention_bias(
       elsewhere, with an H of 1 for masks without a head axis.
 
     Raises:
-      UsageError: shapes that do not fit, or a negative number of prefix tokens.
+      UsageError: shapes that do not fit, numbers in place of a mask, a query that keeps
+        nothing at all, or a negative number of prefix tokens. Queries are checked
+        outside ``jax.jit`` only.
     """
     _check_interactions("keep", keep)
+    if keep.dtype != bool:
+        raise UsageError(
+            f"keep holds {keep.dtype}, expected a mask: make one of scores with "
+            "keep_strongest, or compare them with a threshold."
+        )
     if num_prefix_tokens < 0:
         raise UsageError(
             f"num_prefix_tokens is {num_prefix_tokens}, expected 0 or more: count the "
             "CLS, register and distillation tokens."
         )
+    if not num_prefix_tokens and not isinstance(keep, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            if not keep.any(-1).all():
+                raise UsageError(
+                    f"keep of shape {keep.shape} leaves a query without any key, "
+                    "expected at least itself: keep the diagonal."
+                )
     if keep.ndim == 4:
         keep = keep[:, :, None]
-    bias = jnp.where(keep, 0.0, -jnp.inf)
+    bias = jnp.where(keep, jnp.float32(0), -jnp.inf)
     prefix = (num_prefix_tokens, 0)
     bias = jnp.pad(bias, [(0, 0), (0, 0), (0, 0), prefix, prefix])
     return list(bias)
@@ -165,6 +181,9 @@ def square_window(grid: Grid, max_area: int) -> Float[np.ndarray, "P P"]:
       grid: ``(GH, GW)``.
       max_area: patches in the window, at most: it is the largest whose sides differ by
         one patch or none, or more where the grid is too short for that.
+
+    Raises:
+      UsageError: ``max_area`` is below 1.
     """
     sizes = [
         (rows, columns)
@@ -197,7 +216,12 @@ def partition(grid: Grid, depth: int, max_area: int) -> Float[np.ndarray, "L P P
       depth: L.
       max_area: patches in a window, at most: of the windows that tile the grid it is
         the largest, and of those the squarest.
+
+    Raises:
+      UsageError: ``depth`` or ``max_area`` is below 1.
     """
+    if depth < 1:
+        raise UsageError(f"depth is {depth}, expected 1 or more layers.")
     sizes = [
         (rows, columns)
         for rows, columns in _sizes(grid, max_area)
@@ -217,6 +241,11 @@ def partition(grid: Grid, depth: int, max_area: int) -> Float[np.ndarray, "L P P
 
 def _sizes(grid, max_area):
     """Returns all sizes ``(rows, columns)`` of windows of at most that area."""
+    if max_area < 1:
+        raise UsageError(
+            f"max_area is {max_area}, expected 1 or more: a window holds at least the "
+            "patch itself."
+        )
     rows, columns = np.mgrid[1 : grid[0] + 1, 1 : grid[1] + 1].reshape(2, -1)
     fits = rows * columns <= max_area
     return list(zip(rows[fits].tolist(), columns[fits].tolist(), strict=True))

@@ -86,7 +86,7 @@ def explained_share(
     arrows, by = (split(x.astype(jnp.float32), (-2, -1))[0] for x in (arrows, by))
     common = (arrows * by).sum((-2, -1))
     lengths = jnp.square(arrows).sum((-2, -1)) * jnp.square(by).sum((-2, -1))
-    return jnp.square(common) / jnp.where(lengths > 0, lengths, 1.0)
+    return jnp.minimum(jnp.square(common) / jnp.where(lengths > 0, lengths, 1.0), 1.0)
 
 
 @takes_arrays("share")
