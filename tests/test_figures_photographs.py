@@ -301,6 +301,21 @@ def test_tendency_arrows_and_flow_have_the_direction_of_the_excess():
     assert "rim of the wheel: 3 patches" in text
 
 
+def test_rounding_is_no_tendency():
+    excess = np.full_like(FIELD.excess, 1e-6)
+    figure = figures.tendency(IMAGE, excess, GRID)
+    (quiver,) = figure.axes[0].collections
+    assert np.hypot(quiver.U, quiver.V).max() < 0.01, "of a patch"
+    figure = figures.responsive_fields(IMAGE, FIELD._replace(excess=excess), GRID)
+    (quiver,) = figure.axes[0].collections[-1:]
+    assert np.hypot(quiver.U, quiver.V).max() < 0.01
+
+
+def test_even_of_the_largest_numbers():
+    values = np.full(4, 3e38, np.float32)
+    np.testing.assert_allclose(scales.even(values), 1)
+
+
 def test_indiscriminative_darkens_the_lowest():
     values = np.arange(1, PATCHES + 1, dtype=np.float32)[None]
     figure = figures.indiscriminative(IMAGE, values, GRID, share=0.25)

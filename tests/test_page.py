@@ -129,6 +129,32 @@ def test_codes_and_fields_are_the_arrays(text):
         np.moveaxis(numbers[:2], 0, -1) / 64, field.excess, atol=1 / 128 + 1e-3
     )
     np.testing.assert_allclose(numbers[2] / PATCHES, field.area, atol=1e-5)
+    bits = unpack(text, "0-heads-mask").reshape(LAYERS, HEADS, PATCHES, -1)
+    masks = np.unpackbits(bits, axis=-1, count=PATCHES)
+    np.testing.assert_array_equal(masks, field.mask)
+
+
+def test_fields_are_those_of_the_exact_impact_where_codes_are_equal():
+    # The last patches are above the first by less than a step of a code.
+    impact = np.tile(1 + 1e-4 * np.arange(PATCHES, dtype=np.float32), (1, PATCHES, 1))
+    text = page.explorer(IMAGE, {"x": page.Indicator(impact)}, GRID, mass=MASS)
+    assert len(set(unpack(text, "0-fused-codes"))) == 1
+    bits = unpack(text, "0-fused-mask").reshape(PATCHES, -1)
+    field = responsive_field(jnp.asarray(impact[0]), GRID, mass=MASS)
+    masks = np.unpackbits(bits, axis=-1, count=PATCHES)
+    np.testing.assert_array_equal(masks, field.mask)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(3e38, "float32"), (6e4, "float16")])
+def test_impact_of_any_size_is_shown(largest, dtype):
+    impact = (FUSED / FUSED.max() * largest).astype(dtype)
+    np.testing.assert_allclose(coding.row_shares(impact).sum(-1), 1, rtol=1e-5)
+    large = np.pad(impact, ((0, 0), (2, 0), (2, 0)), constant_values=largest)
+    text = page.explorer(IMAGE, {"x": page.Indicator(large)}, GRID, prefix=PREFIX)
+    given = unpack16(text, "0-fused-given").reshape(LAYERS, TOKENS, 2)
+    rows = np.float64(np.roll(large, -2, axis=1))
+    expected = rows[..., :2] / rows.sum(-1, keepdims=True)
+    np.testing.assert_allclose(given / 65535, expected, atol=1e-5)
 
 
 def test_who_listens_to_nothing_listens_to_no_prefix_token():

@@ -110,6 +110,15 @@ def test_what_is_saved_is_loaded(run):
             jax.tree.map(same, first, second)
 
 
+def test_impact_near_the_largest_number_is_loaded(run, tmp_path):
+    explanation = Explanation.load(run / "images/a.png")
+    name = explanation.indicator
+    large = np.full_like(explanation.impact[name], 3e38)
+    dataclasses.replace(explanation, impact={name: large}).save_data(tmp_path)
+    again = Explanation.load(tmp_path).impact[name]
+    np.testing.assert_allclose(again, large, rtol=1e-4)
+
+
 @pytest.mark.parametrize("target", ["tokens", "class"])
 def test_what_the_model_can_do_without_is_found_and_kept(tmp_path, target):
     found, loaded, images = explained(target, removal=True)
@@ -193,6 +202,7 @@ def test_a_class_is_explained_by_signed_effects(tmp_path):
     found.save_data(tmp_path)
     again = Explanation.load(tmp_path).class_effect
     assert (again.index, again.name) == (c.index, c.name)
+    np.testing.assert_array_equal(again.class_map, c.class_map)
     largest = np.abs(c.effect).max(-1, keepdims=True)
     assert (np.abs(again.effect - c.effect) <= 0.005 * largest + 1e-9).all()
 

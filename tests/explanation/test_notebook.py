@@ -101,6 +101,16 @@ def test_several_pictures_give_a_list():
     assert [type(one).__name__ for one in found] == ["Explained", "Explained"]
 
 
+@pytest.mark.parametrize("patches", [1, 2])
+def test_an_image_of_few_patches_is_drawn(patches):
+    tokens = 1 + patches
+    attention = np.full((2, 3, tokens, tokens), 1 / tokens, np.float32)
+    options = {"num_prefix_tokens": 1, "grid": (1, patches)}
+    one = wf_vit.explain(attention, noise(8, 8), **options)
+    assert len([one.figures[name] for name in one.figures]) > 5
+    assert one.page().startswith("<!doctype html>")
+
+
 def test_attention_alone_is_explained(tmp_path):
     attention = random_attention(LAYERS)
     options = {"num_prefix_tokens": 1, "grid": GRID}

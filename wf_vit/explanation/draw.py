@@ -32,7 +32,9 @@ def image_drawings(
     shape = {"grid": e.grid, "layer_names": e.layers.tolist()}
     source = " · ".join(filter(None, [model, measure.INDICATORS[e.indicator]]))
     options = shape | {"source": source}
-    telling = figures.telling_patches(e.discriminability.mean(0), e.grid, 3).tolist()
+    count = min(3, e.discriminability.shape[-1])
+    telling = figures.telling_patches(e.discriminability.mean(0), e.grid, count)
+    telling = telling.tolist()
     first = telling[0] if patch is None else patch
     patches = telling if patch is None else [patch]
 

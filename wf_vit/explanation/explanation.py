@@ -66,7 +66,8 @@ ARRAYS = {
     "the head reads then and in the full model, without 25, 50 and 75 % of the patches",
     "class/...": "if a class was asked for: its index, name and probability, and "
     "effect/..., [L, N, N]: what each interaction adds to its logit, coded like an "
-    "impact, with a bit for each negative one in effect/negative",
+    "impact, with a bit for each negative one in effect/negative; by_layer, [L, P]: "
+    "what each patch adds in all, exactly",
     "mass": "[]: share of its impact that a field holds",
     "model": "what the model is called",
     "learned": "[L, H, P, 4]: the learned fields of a window-free transformer, in "
@@ -104,19 +105,14 @@ class ClassEffect:
       probability: that the model gives it.
       effect: of interaction i<-j on the logit, to first order, signed; the prefix
         tokens come first.
-      num_prefix_tokens: how many.
+      by_layer: what each patch adds by what others hear of it, layer by layer.
     """
 
     index: int
     name: str
     probability: float
     effect: Float[np.ndarray, "L N N"]
-    num_prefix_tokens: int
-
-    @property
-    def by_layer(self) -> Float[np.ndarray, "L P"]:
-        """What each patch adds by what others hear of it, layer by layer."""
-        return np.asarray(fields.heard(self.effect, self.num_prefix_tokens))
+    by_layer: Float[np.ndarray, "L P"]
 
     @property
     def class_map(self) -> Float[np.ndarray, " P"]:
@@ -204,6 +200,7 @@ class Explanation:
                 arrays[f"class/{part}"] = np.array(getattr(c, part))
             arrays |= _coded("class/effect", np.abs(c.effect))
             arrays["class/effect/negative"] = np.packbits(c.effect < 0, axis=-1)
+            arrays["class/by_layer"] = c.by_layer
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / DATA) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -294,9 +291,9 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 def _coded(name: str, impact: Float[np.ndarray, "*rows N"]) -> dict[str, np.ndarray]:
     """Returns the arrays that stand for an impact in the file."""
-    impact = np.asarray(impact, np.float32)
     levels = _FINE if impact.shape[-1] <= _FEW_TOKENS else _COARSE
-    total = impact.sum(-1)
+    # The sum of large numbers is out of float32's range.
+    total = impact.sum(-1, dtype=np.float64)
     shares = impact / np.where(total > 0, total, 1)[..., None]
     coded = coding.encode(shares, levels)
     return {
@@ -310,7 +307,7 @@ def _coded(name: str, impact: Float[np.ndarray, "*rows N"]) -> dict[str, np.ndar
 def _decoded(parts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "*rows N"]:
     levels = int(parts["levels"])
     coded = coding.Coded(parts["codes"], parts["scales"], levels)
-    return coded.decode() * parts["total"][..., None]
+    return np.float32(coded.decode() * parts["total"][..., None])
 
 
 def _class_effect(parts: Mapping[str, Any], num_prefix: int) -> ClassEffect | None:
@@ -319,10 +316,15 @@ def _class_effect(parts: Mapping[str, Any], num_prefix: int) -> ClassEffect | No
     effect = {k.removeprefix("effect/"): v for k, v in parts.items() if "/" in k}
     size = _decoded(effect)
     negative = np.unpackbits(effect["negative"], axis=-1, count=size.shape[-1]) > 0
+    signed = np.where(negative, -size, size)
+    # Files of earlier versions do not have it.
+    by_layer = parts.get("by_layer")
+    if by_layer is None:
+        by_layer = np.asarray(fields.heard(signed, num_prefix))
     return ClassEffect(
         index=parts["index"].item(),
         name=parts["name"].item(),
         probability=parts["probability"].item(),
-        effect=np.where(negative, -size, size),
-        num_prefix_tokens=num_prefix,
+        effect=signed,
+        by_layer=by_layer,
     )

@@ -390,5 +390,5 @@ def _class_effect(
         name=names[index] if names else f"class {index}",
         probability=float(shifted[index] / shifted.sum()),
         effect=effect,
-        num_prefix_tokens=loaded.model.num_prefix_tokens,
+        by_layer=np.asarray(fields.heard(effect, loaded.model.num_prefix_tokens)),
     )

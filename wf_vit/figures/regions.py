@@ -15,6 +15,8 @@ from wf_vit.figures.style import COLUMN, style
 
 # Colours between two patches of the flow, so that it is smooth at any size.
 _FINER = 8
+# Arrows shorter than that, in patches, are not drawn at full length.
+_LEAST_LENGTH = 1e-3
 
 
 def responsive_fields(
@@ -63,7 +65,7 @@ def responsive_fields(
     rows = [_place(patch, grid) for patch in patches]
     drawn = excess[np.ix_(layers, patches)]
     factor, _ = _arrow_factor(drawn, max(grid) / 6)
-    note = f"White: field. Arrow: tendency beyond geometry, {factor:.2g} times as long."
+    note = f"White: field. Arrow: tendency beyond geometry, {factor:g} times as long."
     with style():
         figure, (panels,), _ = layout.lay_out(
             [layout.Block(titles, rows)], grid, width, note=note, source=source
@@ -88,7 +90,9 @@ def _arrow_factor(excess, length):
     And how long those are that are not quite the longest: one in ten is longer.
     """
     lengths = np.linalg.norm(excess, axis=-1)
-    rim = float(np.quantile(lengths, 0.9)) or float(lengths.max()) or 1.0
+    rim = float(np.quantile(lengths, 0.9)) or float(lengths.max())
+    # What is shorter may be rounding, and must not look like a tendency.
+    rim = max(rim, _LEAST_LENGTH)
     return float(f"{length / rim:.2g}"), rim
 
 
@@ -197,7 +201,7 @@ def tendency(
             foot,
             "where fields tend to beyond geometry (excess)\n"
             f"rim of the wheel: {rim:.2g} patches\n"
-            f"arrows: {factor:.2g} times their true length",
+            f"arrows: {factor:g} times their true length",
         )
     return figure
 

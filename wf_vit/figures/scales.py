@@ -62,6 +62,7 @@ def over_mean(
     What is below ``least`` is clear. The scale ends where one value in a hundred is
     larger, and its legend says so: else one outlier would make all others invisible.
     """
+    values = _any(values)
     top = _rounded_up(max(float(np.quantile(values, 0.99)), 4.0 * least))
     middle = 10.0 if top >= 40 else 2.0 if top <= 5 else 3.0
     more = "≥ " if values.max() > top else ""
@@ -86,7 +87,7 @@ def signed(values: Float[np.ndarray, "..."], label: str) -> Scale:
 
     It ends where one value in a hundred is larger, as ``over_mean``.
     """
-    size = np.abs(values)
+    size = np.abs(_any(values))
     top = _rounded_up(float(np.quantile(size, 0.99)) or float(size.max()))
     more = ("≤ ", "≥ ") if size.max() > top else ("", "")
     ticks = {
@@ -104,10 +105,14 @@ def even(
 
     Args:
       values: non-negative. Where all are 0, they stay so.
-      counted: which of them the mean is over.
+      counted: which of them the mean is over; where none is, all become 0.
     """
-    mean = values.mean(-1, keepdims=True, where=counted)
-    return values / np.where(mean > 0, mean, 1)
+    # In units of the largest: the sum of large numbers is out of range.
+    largest = values.max(-1, keepdims=True)
+    values = values / np.where(largest > 0, largest, 1)
+    total = values.sum(-1, keepdims=True, where=counted)
+    count = np.broadcast_to(counted, values.shape).sum(-1, keepdims=True)
+    return values * count / np.where(total > 0, total, 1)
 
 
 def flow_layer(
@@ -120,6 +125,11 @@ def flow_layer(
     length = np.linalg.norm(displacement, axis=-1, keepdims=True)
     color = flow_colors(displacement / np.maximum(length, 1e-9))
     return np.concatenate([color, _OPAQUE * np.minimum(length, 1)], -1)
+
+
+def _any(values: np.ndarray) -> np.ndarray:
+    """Returns the values, or a 0: a patch that is alone has no others."""
+    return values if values.size else np.zeros(1)
 
 
 def _rounded_up(value: float) -> float:

@@ -181,6 +181,7 @@ def _payload(
         coded = coding.encode(exact, plan.levels(stack))
         parts = {"codes": coded.codes, "scales": coded.scales}
         parts |= {"given": stack.given[kept], "field": stack.field[:, kept]}
+        parts["mask"] = stack.mask[kept]
         for part, array in parts.items():
             name = f"{stack.indicator}-{stack.kind}-{part}"
             payload[name] = coding.pack(array)

@@ -45,6 +45,18 @@ class Coded:
         return 1 / self.levels + 1 / (4 * self.levels**2)
 
 
+def over_largest(
+    rows: Float[np.ndarray, "*batch N"],
+) -> Float[np.ndarray, "*batch N"]:
+    """Returns rows in units of their largest number, so that no sum is out of range.
+
+    They are float32; rows of zeros stay.
+    """
+    rows = np.asarray(rows, np.float32)
+    largest = rows.max(-1, keepdims=True)
+    return rows / np.where(largest > 0, largest, 1)
+
+
 def row_shares(
     impact: Float[np.ndarray, "*batch rows P"],
 ) -> Float[np.ndarray, "*batch rows P"]:
@@ -52,7 +64,7 @@ def row_shares(
 
     Rows beyond the P-th are no patches: without impact they stay 0.
     """
-    impact = np.asarray(impact, np.float32)
+    impact = over_largest(impact)
     total = impact.sum(-1, keepdims=True)
     share = impact / np.where(total > 0, total, 1)
     return np.where(total > 0, share, np.eye(*impact.shape[-2:], dtype=share.dtype))

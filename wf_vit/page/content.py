@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int16, UInt16
+from jaxtyping import Float, Int16, UInt8, UInt16
 
 from wf_vit import fields
 from wf_vit.errors import UsageError
@@ -122,6 +122,7 @@ class Stack:
         patches, then those of the prefix tokens.
       given: share of all that a token takes from the prefix tokens, in 65535ths.
       field: arrow of the excess, and area in patches.
+      mask: of the fields, the bits of eight patches in a number.
     """
 
     indicator: int
@@ -129,6 +130,7 @@ class Stack:
     share: Float[np.ndarray, "L *heads N P"]
     given: UInt16[np.ndarray, "L *heads N T"]
     field: Int16[np.ndarray, "3 L *heads P"]
+    mask: UInt8[np.ndarray, "L *heads P bytes"]
 
 
 def stacks_of(
@@ -141,7 +143,7 @@ def stacks_of(
             impact = getattr(indicator, kind)
             if impact is None:
                 continue
-            rows = _patches_first(impact, num_prefix)
+            rows = coding.over_largest(_patches_first(impact, num_prefix))
             share = coding.row_shares(rows[..., num_prefix:])
             field = getattr(indicator, f"{kind}_field")
             if field is None:
@@ -150,8 +152,9 @@ def stacks_of(
             # Not `row_shares`: who takes nothing takes nothing from the prefix tokens.
             total = rows.sum(-1, keepdims=True)
             given = rows[..., :num_prefix] / np.where(total > 0, total, 1)
-            given = np.rint(65535 * np.float32(given)).astype(np.uint16)
-            stacks.append(Stack(index, kind, share, given, _coded(field)))
+            given = np.rint(65535 * given).astype(np.uint16)
+            mask = np.packbits(field.mask, axis=-1)
+            stacks.append(Stack(index, kind, share, given, _coded(field), mask))
     return stacks
 
 

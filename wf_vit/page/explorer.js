@@ -45,8 +45,8 @@ const squaredRoots = (scales) => Float32Array.from(scales, (root) => (root / 655
 
 /** Interactions of one indicator, fused or per head, with their measured fields. */
 class Stack {
-  constructor(note, codes, scales, given, field) {
-    Object.assign(this, { heads: note.heads, codes, given, field });
+  constructor(note, codes, scales, given, field, mask) {
+    Object.assign(this, { heads: note.heads, codes, given, field, mask });
     this.steps = squares(note.levels);
     this.largest = squaredRoots(scales);
   }
@@ -78,7 +78,15 @@ class Stack {
       arrow: [0, 1].map((k) => number(k) / meta.lengthSteps),
       count: number(2),
       area: number(2) / PATCHES,
+      mask: this.maskOf(slice * PATCHES + p),
     };
+  }
+
+  /** The patches of a field, from the bits of its row, the highest first. */
+  maskOf(row) {
+    const start = row * Math.ceil(PATCHES / 8);
+    const isIn = (p) => (this.mask[start + (p >> 3)] >> (7 - (p & 7))) & 1;
+    return new Set(Array.from({ length: PATCHES }, (_, p) => p).filter(isIn));
   }
 }
 
@@ -125,7 +133,7 @@ function stackOf(kind) {
       ? [unpack("class-codes"), unpackUint16("class-scales"), unpackInt16("class-maps")]
       : [
         unpack(`${id}-codes`), unpackUint16(`${id}-scales`),
-        unpackUint16(`${id}-given`), unpackInt16(`${id}-field`),
+        unpackUint16(`${id}-given`), unpackInt16(`${id}-field`), unpack(`${id}-mask`),
       ];
     Promise.all(parts).then((arrays) => {
       stacks.set(id, id === "class"
@@ -321,12 +329,6 @@ function arrowPath(context, x, y, dx, dy, head) {
   }
 }
 
-/** The smallest set of patches that holds the mass, and the patch itself. */
-function maskOf(shares, count, own) {
-  const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]);
-  return new Set([...order.slice(0, count), own]);
-}
-
 class Panel {
   constructor(view) {
     this.view = view;
@@ -442,7 +444,7 @@ class Panel {
     if (isPatch && state.flags.has("learned") && learned) this.drawLearned(context);
     if (!isSigned() && isPatch) {
       const field = stack.fieldOf(slice, state.patch);
-      if (state.flags.has("field")) this.drawMask(context, maskOf(to, field.count, state.patch));
+      if (state.flags.has("field")) this.drawMask(context, field.mask);
       if (state.flags.has("arrow")) {
         const [dx, dy] = [field.arrow[0] * this.cell[0], field.arrow[1] * this.cell[1]];
         context.beginPath();
