@@ -125,5 +125,17 @@ def test_extreme_rows_stay_finite():
     for rows in (nobody, np.eye(PATCHES), np.roll(np.eye(PATCHES), 1, 1)):
         found = tendency.tendency(jnp.asarray(rows, jnp.float32), GRID)
         assert all(np.isfinite(part).all() for part in found)
+    rng = np.random.default_rng(0)
+    sparse = (rng.random((40, 9, 9)) < 0.1) * rng.random((40, 9, 9)) + 1e-3 * np.eye(9)
+    spread = 10.0 ** rng.uniform(-30, 0, (40, 9, 9))
+    for rows, most in ((sparse, 0.5), (spread, 0.02), (spread.swapaxes(1, 2), 0.02)):
+        found = tendency.tendency(jnp.asarray(normalized(rows), jnp.float32), (3, 3))
+        own = np.asarray(found.excess - found.popularity)
+        assert np.abs(own.mean(1)).max() < most
+        place = coordinates((3, 3))
+        for part in (found.geometry, found.geometry + found.popularity):
+            inside = place[None] + np.asarray(part)
+            assert inside.min() > -1e-4
+            assert inside.max() < 2 + 1e-4
     line = tendency.tendency(jnp.full((1, 7, 7), 1 / 7), (1, 7))
     np.testing.assert_allclose(line.excess, 0, atol=1e-4)

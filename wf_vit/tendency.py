@@ -113,10 +113,14 @@ def tendency(share: Float[Array, "*batch P P"], grid: Grid) -> Tendency:
     alone = kernel * jnp.exp(jnp.clip(tilt, -20.0, 20.0))
 
     def centroid(kernel, values):
-        total = _positive(_correlate(kernel, values, grid))
+        total = _above_noise(_correlate(kernel, values, grid))
         moment = einsum("...yx,yxc->c...yx", kernel, step)
         parts = [_correlate(along, values, grid) / total for along in moment]
-        return jnp.stack(parts, -1).reshape(*total.shape[:-2], -1, 2)
+        found = jnp.stack(parts, -1).reshape(*total.shape[:-2], -1, 2)
+        # Where a total is rounding, at least a place within the grid.
+        first, last = -position, position.max(0) - position
+        first, last = (jnp.broadcast_to(x, found.shape) for x in (first, last))
+        return jnp.clip(found, first, last)
 
     geometry = centroid(alone, jnp.ones_like(c))
     displacement = einsum("...ij,ijc->...ic", share, displacements(grid))
@@ -151,18 +155,21 @@ def _fit(
 
     def turn(logs, own):
         kernel, c = factors(logs)
-        scale = 1 / (own * c + _positive(_correlate(kernel, c, grid)))
-        kernel = sums / _positive(_correlate(scale, c, grid, crop=False))
-        others = _positive(_correlate(kernel, c, grid))
+        scale = 1 / (own * c + _above_noise(_correlate(kernel, c, grid)))
+        kernel = sums / _above_noise(_correlate(scale, c, grid, crop=False))
+        others = _above_noise(_correlate(kernel, c, grid))
         for _ in range(3):
             share = own * c / (own * c + others)
             own = own * _newton(own_sum, total(share), total(share * (1 - share)))
         share = own * c / (own * c + others)
         spectra = (_transform(x, grid) for x in (1 / (own * c + others), kernel))
         by_others = _back(math.prod(spectra), grid)[..., : grid[0], : grid[1]]
-        found = share + c * _positive(by_others)
+        found = share + c * _above_noise(by_others)
         c = c * _newton(popularity, found, found - jnp.square(share))
+        # The scale of either factor is free.
         c = c * total(heard) / _positive(total(c))
+        unit = total(own * c + others) / math.prod(grid)
+        kernel, own = kernel / unit, own / unit
         return flat(jnp.log(_positive(kernel)), jnp.log(_positive(c))), own
 
     weights = flat(sums, popularity)
@@ -187,6 +194,7 @@ def _fit(
     last = jnp.zeros((2, *logs.shape), logs.dtype)
     steps = jnp.zeros((_REMEMBERED, *last.shape), logs.dtype)
     logs, own, *_ = lax.fori_loop(0, _TURNS, accelerated, (logs, own, last, steps))
+    logs, own = turn(logs, own)
     kernel, c = factors(logs)
     return kernel.at[..., 0, 0].set(own[..., 0, 0]), c
 
@@ -206,6 +214,12 @@ def _newton(wanted: Array, found: Array, slope: Array) -> Array:
 
 def _positive(values: Array) -> Array:
     return jnp.maximum(values, 1e-12)
+
+
+def _above_noise(sums: Array) -> Array:
+    """Returns sums of positive numbers that are above what transforms round off."""
+    least = 1e-6 * sums.max((-2, -1), keepdims=True)
+    return jnp.maximum(sums, jnp.maximum(least, 1e-12))
 
 
 def _correlate(kernel: Array, values: Array, grid: Grid, crop: bool = True) -> Array:
