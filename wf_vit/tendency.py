@@ -45,7 +45,7 @@ from wf_vit.indicators.arithmetic import einsum, split
 
 # The fit is then within 1e-5 of the mean displacement where no key takes over half of
 # the rows, and within .003 where one takes 99 % of them all.
-_TURNS, _REMEMBERED = 20, 3
+_TURNS, _REMEMBERED = 22, 3
 # Converged to about float32's precision by then.
 _REWEIGHTINGS = 12
 # Huber's threshold, in standard deviations: 95 % as precise as least squares where
@@ -178,7 +178,7 @@ def _fit(
         logs, own, last, steps = state
         result, own = turn(logs, own)
         now = jnp.stack([result, result - logs])
-        steps = steps.at[i % _REMEMBERED].set(jnp.where(i > 0, now - last, 0.0))
+        steps = steps.at[i % _REMEMBERED].set(jnp.where(i > 1, now - last, 0.0))
         # The mix of earlier steps that comes nearest to this turn's change.
         moves, changes = steps[:, 0], steps[:, 1]
         gram = einsum("a...p,b...p,...p->...ab", changes, changes, weights)
@@ -190,11 +190,11 @@ def _fit(
         ahead = einsum("...a,a...p->...p", mix, moves)
         return result - jnp.clip(ahead, -3.0, 3.0), own, now, steps
 
-    logs, own = turn(jnp.zeros_like(weights), jnp.ones_like(own_sum))
+    logs, own = jnp.zeros_like(weights), jnp.ones_like(own_sum)
     last = jnp.zeros((2, *logs.shape), logs.dtype)
     steps = jnp.zeros((_REMEMBERED, *last.shape), logs.dtype)
-    logs, own, *_ = lax.fori_loop(0, _TURNS, accelerated, (logs, own, last, steps))
-    logs, own = turn(logs, own)
+    state = lax.fori_loop(0, _TURNS, accelerated, (logs, own, last, steps))
+    _, own, (logs, _), _ = state
     kernel, c = factors(logs)
     return kernel.at[..., 0, 0].set(own[..., 0, 0]), c
 

@@ -164,7 +164,15 @@ def _patches_first(matrices: np.ndarray, num_prefix: int) -> np.ndarray:
 
 
 def _fields(impact: np.ndarray, grid: Grid, mass: float) -> fields.Field:
-    """Returns the responsive fields, measured layer by layer to bound the memory."""
+    """Returns the responsive fields; those of heads layer by layer: memory is bounded.
+
+    Those of all heads together as one image of a batch, for which an explanation has
+    compiled its own.
+    """
+    if impact.ndim == 3:
+        of_batch = jnp.asarray(impact)[:, None]
+        found = fields.responsive_field(of_batch, grid, mass=mass)
+        return jax.tree.map(lambda part: np.asarray(part)[:, 0], found)
     layers = [
         fields.responsive_field(jnp.asarray(layer), grid, mass=mass) for layer in impact
     ]
