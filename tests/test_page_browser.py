@@ -47,7 +47,7 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
     given = re.findall(r"([\d.]+) %", explorer.read(".given"))
     np.testing.assert_allclose([float(x) / 100 for x in given], shares[:2], atol=1e-4)
     mask = explorer.driver.execute_script(
-        "return [...stackOf('fused').fieldOf(1, 8).mask].sort((a, b) => a - b);"
+        "return [...stackOf('fused').maskOf(1, 8)].sort((a, b) => a - b);"
     )
     np.testing.assert_array_equal(mask, np.flatnonzero(field.mask[8]))
     area = words.partition("area ")[2]

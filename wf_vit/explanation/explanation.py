@@ -292,14 +292,12 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 def _coded(name: str, impact: Float[np.ndarray, "*rows N"]) -> dict[str, np.ndarray]:
     """Returns the arrays that stand for an impact in the file."""
     levels = _FINE if impact.shape[-1] <= _FEW_TOKENS else _COARSE
-    # The sum of large numbers is out of float32's range.
-    total = impact.sum(-1, dtype=np.float64)
-    shares = impact / np.where(total > 0, total, 1)[..., None]
-    coded = coding.encode(shares, levels)
+    coded = coding.encode(coding.row_shares(impact), levels)
     return {
         f"{name}/codes": coded.codes,
         f"{name}/scales": coded.scales,
-        f"{name}/total": total,
+        # Of large numbers the sum is out of float32's range.
+        f"{name}/total": impact.sum(-1, dtype=np.float64),
         f"{name}/levels": np.array(levels),
     }
 

@@ -78,15 +78,14 @@ class Stack {
       arrow: [0, 1].map((k) => number(k) / meta.lengthSteps),
       count: number(2),
       area: number(2) / PATCHES,
-      mask: this.maskOf(slice * PATCHES + p),
     };
   }
 
-  /** The patches of a field, from the bits of its row, the highest first. */
-  maskOf(row) {
-    const start = row * Math.ceil(PATCHES / 8);
-    const isIn = (p) => (this.mask[start + (p >> 3)] >> (7 - (p & 7))) & 1;
-    return new Set(Array.from({ length: PATCHES }, (_, p) => p).filter(isIn));
+  /** The patches of the field, from the bits of its row, the highest first. */
+  maskOf(slice, p) {
+    const start = (slice * PATCHES + p) * Math.ceil(PATCHES / 8);
+    const isIn = (other) => (this.mask[start + (other >> 3)] >> (7 - (other & 7))) & 1;
+    return new Set(Array.from({ length: PATCHES }, (_, other) => other).filter(isIn));
   }
 }
 
@@ -444,7 +443,7 @@ class Panel {
     if (isPatch && state.flags.has("learned") && learned) this.drawLearned(context);
     if (!isSigned() && isPatch) {
       const field = stack.fieldOf(slice, state.patch);
-      if (state.flags.has("field")) this.drawMask(context, field.mask);
+      if (state.flags.has("field")) this.drawMask(context, stack.maskOf(slice, state.patch));
       if (state.flags.has("arrow")) {
         const [dx, dy] = [field.arrow[0] * this.cell[0], field.arrow[1] * this.cell[1]];
         context.beginPath();
