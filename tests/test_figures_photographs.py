@@ -311,9 +311,16 @@ def test_rounding_is_no_tendency():
     assert np.hypot(quiver.U, quiver.V).max() < 0.01
 
 
-def test_even_of_the_largest_numbers():
-    values = np.full(4, 3e38, np.float32)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_even_of_the_largest_numbers(dtype):
+    values = np.full(4, np.finfo(dtype).max)
     np.testing.assert_allclose(scales.even(values), 1)
+
+
+def test_even_of_many_numbers_of_half_precision():
+    values = np.random.default_rng(0).uniform(size=4096).astype(np.float16)
+    exact = np.float64(values) / np.float64(values).mean()
+    np.testing.assert_allclose(scales.even(values), exact, rtol=1e-5)
 
 
 def test_indiscriminative_darkens_the_lowest():
@@ -364,6 +371,28 @@ def test_the_patch_shown_is_the_one_whose_influence_depends_on_who_listens():
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), POSITION[8][None])
     chosen = choice.most_discriminative(impact > 2, GRID)
     assert chosen.tolist() == [8]
+
+
+@pytest.mark.parametrize("largest", [1e-35, np.finfo(np.float32).max])
+def test_the_patch_shown_does_not_depend_on_the_unit(largest):
+    effect = EFFECT / np.abs(EFFECT).max() * np.float32(largest)
+    chosen = choice.most_discriminative(effect, GRID, 3)
+    expected = choice.most_discriminative(EFFECT, GRID, 3)
+    np.testing.assert_array_equal(chosen, expected)
+    values = IMPACT[0, 0] / IMPACT[0, 0].max() * np.float32(largest)
+    expected = figures.telling_patches(IMPACT[0, 0], GRID, 3)
+    np.testing.assert_array_equal(figures.telling_patches(values, GRID, 3), expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_patch_shown_is_the_only_one():
+    drawn = (
+        figures.interactions(IMAGE, IMPACT[:, :1, :1], (1, 1)),
+        figures.interactions(IMAGE, -IMPACT[:, :1, :1], (1, 1)),
+        figures.heads(IMAGE, BY_HEAD[..., :1, :1], (1, 1)),
+    )
+    for figure in drawn:
+        np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), [[0, 0]])
 
 
 def test_the_scale_is_not_stretched_by_an_outlier():

@@ -41,6 +41,15 @@ def test_class_attention_has_tokens_over_layers_and_over_heads():
     assert "heads of layer 1" in note.get_text()
 
 
+def test_rows_of_the_largest_numbers_are_drawn_like_others():
+    large = ROWS / ROWS.max() * np.finfo(np.float32).max
+    figure, expected = (
+        figures.class_attention(IMAGE, rows, GRID, NAMES) for rows in (large, ROWS)
+    )
+    for panel, other in zip(figure.axes[:-1], expected.axes[:-1], strict=True):
+        np.testing.assert_allclose(shown(panel), shown(other), rtol=1e-5)
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_heads_have_a_row_for_each_layer_and_a_column_for_each_head(signed):
     impact = BY_HEAD - signed
@@ -90,6 +99,13 @@ def test_components_are_those_planted_whatever_the_signs_and_axes():
         assert np.corrcoef(own, color)[0, 1] > 0.99
         np.testing.assert_allclose([color.min(), color.max()], [0, 1])
     np.testing.assert_allclose(figures.components_of(10 - tokens), found, atol=1e-3)
+
+
+@pytest.mark.parametrize("largest", [1e-30, np.finfo(np.float32).max])
+def test_components_do_not_depend_on_the_unit(largest):
+    tokens = TOKENS / np.abs(TOKENS).max() * np.float32(largest)
+    expected = figures.components_of(TOKENS)
+    np.testing.assert_allclose(figures.components_of(tokens), expected, atol=1e-3)
 
 
 def test_an_outlier_leaves_contrast_to_the_other_patches():

@@ -45,7 +45,8 @@ def telling_patches(
     position = geometry.coordinates(grid)
     rim = np.min([position, np.array(grid[::-1]) - 1 - position], axis=(0, 2)) < 1
     # Above 0, so that patches are still told apart by distance where all are equal.
-    score = (values - values.min() + 1e-6 * (np.ptp(values) or 1.0)).astype(float)
+    values = values.astype(float)
+    score = values - values.min() + 1e-6 * (np.ptp(values) or 1.0)
     score *= np.where(rim, 0.5, 1.0)
     chosen: list[int] = []
     for _ in range(count):
@@ -64,8 +65,13 @@ def most_discriminative(
     that listens to nobody else would always be chosen.
     """
     size = matrices.shape[-1]
-    other = ~np.eye(size, dtype=bool)
-    spread = np.std(matrices, -2, where=other, dtype=np.float32).reshape(-1, size)
+    # Who is alone has no others.
+    other = ~np.eye(size, dtype=bool) | (size == 1)
+    # In units of the largest: squares are in range.
+    largest = np.abs(matrices).max((-2, -1), keepdims=True)
+    largest = np.where(largest > 0, largest, 1)
+    matrices = np.divide(matrices, largest, dtype=np.float32)
+    spread = np.std(matrices, -2, where=other).reshape(-1, size)
     mean = spread.mean(-1, keepdims=True)
     votes = spread / np.where(mean > 0, mean, 1)
     return telling_patches(votes.mean(0), grid, count)

@@ -107,11 +107,12 @@ def even(
       values: non-negative. Where all are 0, they stay so.
       counted: which of them the mean is over; where none is, all become 0.
     """
+    values = np.asarray(values, np.float32)
     # In units of the largest: the sum of large numbers is out of range.
     largest = values.max(-1, keepdims=True)
     values = values / np.where(largest > 0, largest, 1)
     total = values.sum(-1, keepdims=True, where=counted)
-    count = np.broadcast_to(counted, values.shape).sum(-1, keepdims=True)
+    count = np.broadcast_to(counted, values.shape).sum(-1, np.float32, keepdims=True)
     return values * count / np.where(total > 0, total, 1)
 
 

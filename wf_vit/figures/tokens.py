@@ -68,7 +68,9 @@ def class_attention(
         )
     layers = choice.spread(len(rows), choice.LAYERS)
     titles = choice.layer_titles(range(len(rows)), len(rows), layer_names)
-    fused = scales.even(rows.mean(1) if with_heads else rows)[layers]
+    # The sum of large numbers is out of float32's range.
+    fused = rows.mean(1, dtype=np.float64) if with_heads else rows
+    fused = scales.even(fused)[layers]
     note = ""
     blocks = [layout.Block([titles[i] for i in layers], names)]
     shown = [fused.swapaxes(0, 1)]
@@ -232,11 +234,13 @@ def components_of(tokens: Float[Any, "P D"]) -> Float[np.ndarray, "P 3"]:
             f"tokens have the shape {tokens.shape}, expected [P, D] of finite numbers: "
             "pass the patch tokens of one image."
         )
+    # In units of the largest: no sum is out of range.
+    tokens = tokens / (np.abs(tokens).max() or 1)
     centred = tokens - tokens.mean(0)
     left, size, _ = np.linalg.svd(centred, full_matrices=False)
     colors = np.full((len(tokens), 3), 0.5, np.float32)
     # Below this a component is rounding, not variance.
-    least = 1e-5 * max(float(np.abs(tokens).max()), 1e-30) * np.sqrt(tokens.size)
+    least = 1e-5 * np.sqrt(tokens.size)
     for place in range(min(3, len(size))):
         if size[place] <= least:
             continue
