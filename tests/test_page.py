@@ -181,6 +181,28 @@ def test_effects_on_a_class_keep_their_signs(text):
     np.testing.assert_allclose(maps[-1], CAT.class_map, atol=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(3e38, "float32"), (1e-36, "float32"), (6e4, "float16"), (0, "float16")],
+)
+@pytest.mark.filterwarnings("error")
+def test_effects_of_any_size_are_shown(largest, dtype):
+    effect = (EFFECT / np.abs(EFFECT).max() * largest).astype(dtype)
+    by_layer = effect[:, 0, 2:]
+    cat = page.ClassEffect(effect, by_layer[1], by_layer, "cat", 0.5)
+    text = build(class_effect=cat)
+    note = meta(text)["indicators"][-1]
+    maps = unpack16(text, "class-maps").view(np.int16).reshape(LAYERS + 1, PATCHES)
+    found = maps / 32767 * note["mapLargest"]
+    np.testing.assert_allclose(found[:-1], by_layer, atol=2e-5 * largest)
+    codes = unpack(text, "class-codes").reshape(LAYERS, TOKENS, PATCHES)
+    scales = (unpack16(text, "class-scales") / 65535.0) ** 2
+    row = scales.reshape(LAYERS, TOKENS, 1) * note["largest"]
+    size = ((codes & 127) / 127) ** 2 * row
+    rows = np.float64(np.roll(np.abs(effect), -2, axis=1)[..., 2:])
+    assert (np.abs(size - rows) <= 0.0085 * row + 1e-6 * largest).all()
+
+
 def test_a_smaller_budget_costs_precision_then_heads_then_layers_and_says_so():
     whole = len(build().encode())
     pages = []

@@ -190,12 +190,13 @@ def class_payload(
 ) -> dict[str, str]:
     """Returns the packed arrays of signed effects: sizes, with a bit for the sign."""
     effect = _patches_first(of.effect[list(kept)], num_prefix)[..., num_prefix:]
-    size = np.abs(effect)
-    largest = max(float(np.abs(of.effect).max()), 1e-30)
+    size = np.abs(np.float32(effect))
+    largest = float(np.abs(of.effect).max()) or 1.0
     coded = coding.encode(size / largest, _SIGNED_LEVELS)
     codes = coded.codes | np.where(effect < 0, 128, 0).astype(np.uint8)
     maps = np.concatenate([of.by_layer[list(kept)], of.class_map[None]])
-    steps = np.rint(32767 * maps / max(_largest_in_maps(of), 1e-30))
+    # Divided first: a large number times the steps is out of range.
+    steps = np.rint(32767 * (np.float32(maps) / (_largest_in_maps(of) or 1.0)))
     return {
         "class-codes": coding.pack(codes),
         "class-scales": coding.pack(coded.scales),
