@@ -110,13 +110,26 @@ def test_what_is_saved_is_loaded(run):
             jax.tree.map(same, first, second)
 
 
-def test_impact_near_the_largest_number_is_loaded(run, tmp_path):
+@pytest.mark.parametrize("count", [3, 4, 25])
+def test_impact_of_the_largest_number_is_loaded(run, tmp_path, count):
     explanation = Explanation.load(run / "images/a.png")
     name = explanation.indicator
-    large = np.full_like(explanation.impact[name], 3e38)
+    large = np.zeros_like(explanation.impact[name])
+    large[..., :count] = np.finfo(np.float32).max
     dataclasses.replace(explanation, impact={name: large}).save_data(tmp_path)
     again = Explanation.load(tmp_path).impact[name]
     np.testing.assert_allclose(again, large, rtol=1e-4)
+    assert again.dtype == np.float32
+
+
+def test_discriminability_of_the_largest_number_is_drawn(run):
+    explanation = Explanation.load(run / "images/a.png")
+    (mark,) = draw.image_drawings(explanation)["interactions"]().axes[0].lines
+    values = explanation.discriminability
+    large = values / values.max() * np.finfo(np.float32).max
+    explanation = dataclasses.replace(explanation, discriminability=large)
+    (again,) = draw.image_drawings(explanation)["interactions"]().axes[0].lines
+    np.testing.assert_array_equal(again.get_xydata(), mark.get_xydata())
 
 
 @pytest.mark.parametrize("target", ["tokens", "class"])
@@ -205,6 +218,13 @@ def test_a_class_is_explained_by_signed_effects(tmp_path):
     np.testing.assert_array_equal(again.class_map, c.class_map)
     largest = np.abs(c.effect).max(-1, keepdims=True)
     assert (np.abs(again.effect - c.effect) <= 0.005 * largest + 1e-9).all()
+    # A file of an earlier version does not hold the map: that of the effect it holds.
+    with np.load(tmp_path / "data.npz") as file:
+        arrays = {key: file[key] for key in file if key != "class/by_layer"}
+    np.savez(tmp_path / "data.npz", **arrays)
+    earlier = Explanation.load(tmp_path).class_effect
+    expected = fields.heard(again.effect, len(found.prefix))
+    np.testing.assert_allclose(earlier.by_layer, expected, rtol=1e-5)
 
 
 def test_a_class_is_chosen_by_name_or_by_index():

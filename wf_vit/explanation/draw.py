@@ -33,8 +33,9 @@ def image_drawings(
     source = " · ".join(filter(None, [model, measure.INDICATORS[e.indicator]]))
     options = shape | {"source": source}
     count = min(3, e.discriminability.shape[-1])
-    telling = figures.telling_patches(e.discriminability.mean(0), e.grid, count)
-    telling = telling.tolist()
+    # The sum of large numbers is out of float32's range.
+    mean = e.discriminability.mean(0, dtype=np.float64)
+    telling = figures.telling_patches(mean, e.grid, count).tolist()
     first = telling[0] if patch is None else patch
     patches = telling if patch is None else [patch]
 

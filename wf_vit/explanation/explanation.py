@@ -67,7 +67,7 @@ ARRAYS = {
     "class/...": "if a class was asked for: its index, name and probability, and "
     "effect/..., [L, N, N]: what each interaction adds to its logit, coded like an "
     "impact, with a bit for each negative one in effect/negative; by_layer, [L, P]: "
-    "what each patch adds in all, exactly",
+    "what each patch adds in each layer, exactly",
     "mass": "[]: share of its impact that a field holds",
     "model": "what the model is called",
     "learned": "[L, H, P, 4]: the learned fields of a window-free transformer, in "
@@ -305,7 +305,7 @@ def _coded(name: str, impact: Float[np.ndarray, "*rows N"]) -> dict[str, np.ndar
 def _decoded(parts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "*rows N"]:
     levels = int(parts["levels"])
     coded = coding.Coded(parts["codes"], parts["scales"], levels)
-    return np.float32(coded.decode() * parts["total"][..., None])
+    return coded.decode(parts["total"])
 
 
 def _class_effect(parts: Mapping[str, Any], num_prefix: int) -> ClassEffect | None:

@@ -34,9 +34,13 @@ class Coded:
     scales: UInt16[np.ndarray, "*rows"]
     levels: int
 
-    def decode(self) -> Float[np.ndarray, "*rows P"]:
-        """Returns the shares as the page shows them."""
-        largest = np.square(self.scales.astype(np.float32) / _SCALE_STEPS)
+    def decode(
+        self, total: float | Float[np.ndarray, "*rows"] = 1.0
+    ) -> Float[np.ndarray, "*rows P"]:
+        """Returns the shares as the page shows them, of what each row has in all."""
+        largest = np.square(self.scales.astype(np.float32) / _SCALE_STEPS) * total
+        # Rounding must not take a number out of float32's range.
+        largest = np.minimum(largest, np.finfo(np.float32).max).astype(np.float32)
         steps = np.square(np.arange(self.levels + 1, dtype=np.float32) / self.levels)
         return steps[self.codes] * largest[..., None]
 
