@@ -12,7 +12,7 @@ results/verify has those of two CIFAR-10 models and of a DINOv2, with their cost
 import ml_collections
 
 from wf_vit import settings
-from wf_vit.settings import LARGEST_COUNT, LARGEST_SEED, Setting
+from wf_vit.settings import ANY, LARGEST_COUNT, LARGEST_SEED, Setting
 
 
 def _images(default: int) -> Setting:
@@ -69,12 +69,14 @@ KEYS = {
     "kept": Setting(
         (0.5, 0.25, 0.1, 0.05),
         "of windows: shares of the interactions between patches that are kept",
+        length=ANY,
         above=0,
         high=1,
     ),
     "removed": Setting(
         (0.25, 0.5, 0.75),
         "of removal: shares of the patches that are gathered out",
+        length=ANY,
         above=0,
         below=1,
     ),
@@ -93,7 +95,7 @@ KEYS = {
         high=1000,
     ),
     "num_cuts": Setting(
-        80, "of faithfulness: real cuts for each layer and image", low=1, high=10**6
+        80, "of faithfulness: real cuts for each layer and image", low=3, high=10**6
     ),
     "num_sets": Setting(
         2,

@@ -1,5 +1,6 @@
 """The task ``prepare``, end to end: small archives with the layout of ImageNet's."""
 
+import contextlib
 import io
 import logging
 import tarfile
@@ -163,6 +164,17 @@ def test_a_failed_download_is_a_usage_error(tmp_path, monkeypatch, caplog):
     ):
         prepare("cifar10", tmp_path)
     assert "a download of up to 0.16 GiB" in caplog.text
+
+
+def test_a_set_that_does_not_say_its_size_is_prepared(tmp_path, monkeypatch, caplog):
+    builder = type(open_builder("cifar10", str(tmp_path)))
+    monkeypatch.setattr(builder, "url_infos", None)
+    prepared = []
+    monkeypatch.setattr(module, "_download_and_prepare", prepared.append)
+    with caplog.at_level(logging.INFO, "wf_vit"), contextlib.suppress(UsageError):
+        prepare("cifar10", tmp_path)
+    assert "a download of unknown size" in caplog.text
+    assert prepared
 
 
 def test_sets_that_need_nothing(tmp_path, caplog):

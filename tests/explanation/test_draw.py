@@ -61,6 +61,9 @@ def test_chosen_layers_and_patch_are_the_ones_that_are_shown(photographs, tmp_pa
     coded = coding.encode(coding.row_shares(rows[..., 1:]), 255)
     packed = zlib.decompress(base64.b64decode(block(page, "0-fused-codes")))
     np.testing.assert_array_equal(np.frombuffer(packed, np.uint8), coded.codes.ravel())
+    bits = zlib.decompress(base64.b64decode(block(page, "0-fused-mask")))
+    masks = np.packbits(explanation.field.mask, axis=-1)
+    np.testing.assert_array_equal(np.frombuffer(bits, np.uint8), masks.ravel())
 
 
 def test_a_window_free_transformer_shows_learned_beside_measured(

@@ -179,6 +179,30 @@ def test_a_step_is_saved_again_only_if_asked(run):
     assert chosen(run, "best").meta["of"] == "third"
 
 
+def test_a_step_is_kept_until_it_is_saved_again(run, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def kill(*_, **__):
+        raise KilledError
+
+    with Checkpoints(run) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_with(0))
+        with pytest.raises(RunError, match="Step 3 is kept"):
+            checkpoints.save(make_state(3), {"of": "again"}, 1.0, again=True)
+        assert chosen(run, "last").meta["of"] == 3
+        monkeypatch.undo()
+        monkeypatch.setattr(checkpoints._manager, "save", kill)
+        with pytest.raises(KilledError):
+            checkpoints.save(make_state(3), {"of": "again"}, 1.0, again=True)
+    assert newest(run).meta["of"] == 3
+    assert chosen(run, "best").meta["of"] == 2
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(make_state(3), {"of": "again"}, 1.0, again=True)
+    assert chosen(run, "best").meta["of"] == "again"
+    assert sorted(folder.name for folder in run.iterdir()) == ["checkpoints"]
+
+
 def disk_with(free):
     usage = collections.namedtuple("usage", "free")
     return lambda _: usage(free)

@@ -346,6 +346,34 @@ def test_the_best_checkpoint_is_chosen_by_the_evaluation_that_is_named(
         loop.open_run(digits_config)
 
 
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": list("0123456798")}, "classes: 9 before, 8 now"),
+        ({"train_examples": 1000}, r"training images: 1000 before, 14\d\d now"),
+        ({"best_split": ["test", "test[:5]"]}, r"'test\[:5\]'\] before"),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused(
+    digits_config, tmp_path, changes, message
+):
+    run = loop.open_run(digits_config)
+    with Checkpoints(tmp_path) as checkpoints:
+        start = run.training.start().replace(step=jnp.int32(1))
+        checkpoints.save(start, {**run.meta, **changes}, 0.5)
+    save_config(digits_config, tmp_path)
+    with pytest.raises(UsageError, match=message):
+        loop.train(digits_config, tmp_path)
+    if "class_names" in changes:
+        with pytest.raises(UsageError, match=message):
+            loop.evaluate(digits_config, tmp_path)
+    else:
+        assert "test/top1" in loop.evaluate(digits_config, tmp_path)
+    digits_config.on_change = "continue"
+    loop.train(digits_config, tmp_path)
+
+
 def test_a_checkpoint_of_another_model_is_refused(digits_config, tmp_path):
     training = loop.open_run(digits_config).training
     with Checkpoints(tmp_path) as checkpoints:
@@ -390,6 +418,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(
     rows = [row for row in read_jsonl(tmp_path) if "train/loss" in row]
     assert [row["train/updates_skipped"] for row in rows] == [1, 2, 3, 4]
     assert {row["train/max_skipped_updates"] for row in rows} == {4}
+    # The schedule counts none of them.
+    assert len({row["train/learning_rate"] for row in rows}) == 1
     saved = chosen(tmp_path, "last")
     assert saved.meta["updates_skipped"] == 4
     start = loop.open_run(digits_config).training.start()

@@ -53,8 +53,12 @@ def test_only_kernels_decay():
 )
 def test_rates_fall_with_depth_for_every_parameter(options):
     model = winft(**options, depth=3)
-    model = model.clone(representation_size=8, distillation_token=model.cls_token)
-    expected = {"patches": 4, "prefix": 4, "position_table": 4}
+    model = model.clone(
+        representation_size=8,
+        distillation_token=model.cls_token,
+        normed_embedding="tokens",
+    )
+    expected = {"patches": 4, "prefix": 4, "position_table": 4, "embedding_norm": 4}
     expected |= {"blocks_0": 3, "blocks_1": 2, "blocks_2": 1}
     expected |= {"norm": 0, "attention_pool": 0, "representation": 0, "head": 0}
     expected["head_distillation"] = 0

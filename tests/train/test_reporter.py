@@ -39,6 +39,17 @@ def test_lines_that_are_no_rows_are_left_out_and_named(tmp_path, caplog):
     assert "5 lines are damaged and are left out, the first is line 3" in caplog.text
 
 
+def test_an_evaluation_that_is_done_again_is_reported_once(tmp_path):
+    write(tmp_path, 0, (2, {"train/loss": 1.0}), (2, {"test/top1": 0.5}))
+    options = {"total": 9, "batch_size": 1, "active": True, "evaluation_pending": True}
+    with Reporter(tmp_path, step=2, **options) as reporter:
+        reporter.write(2, {"test/top1": 0.75})
+    assert read_jsonl(tmp_path) == [
+        {"step": 2, "train/loss": 1.0},
+        {"step": 2, "test/top1": 0.75},
+    ]
+
+
 def test_a_run_that_resumes_reports_each_step_once(tmp_path):
     write(tmp_path, 0, (1, {"train/loss": 1.0}), (2, {"train/loss": 2.0}))
     with (tmp_path / JSONL).open("ab") as file:

@@ -12,6 +12,7 @@ from tests.runs import small_winft, write_run
 from tests.verify.conftest import noisy_params
 from wf_vit import verify
 from wf_vit.errors import UsageError
+from wf_vit.models import pretrained
 from wf_vit.verify import report, task
 from wf_vit.verify.faithfulness import INDICATORS
 from wf_vit.verify.groups import IN_UNITS, PREDICTORS, SHARES
@@ -263,3 +264,21 @@ def test_says_what_is_wrong(config, tmp_path, settings, message):
     config.update(settings)
     with pytest.raises(UsageError, match=message):
         verify.verify(config, tmp_path)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("known", "names", "same"),
+    [
+        (("cat", "dog"), ("cat", "dog"), True),
+        (("cat", "dog"), ("dog", "cat"), False),
+        (("apple", "leaf"), ("leaf", "pear"), False),
+        (("cat", "dog"), ("n02121808", "n02084071"), True),
+        ((), ("cat", "dog"), True),
+        ((), ("cat", "dog", "sky"), False),
+    ],
+)
+def test_labels_count_only_if_the_classes_are_the_same(known, names, same):
+    model = small_winft(num_classes=2, image_size=(8, 8))
+    loaded = pretrained.Pretrained(model, {}, None, known)
+    assert task.tells_apart(loaded, names) == same

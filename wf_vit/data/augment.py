@@ -102,8 +102,9 @@ def _check(augmentation: Augmentation, batch_size: int) -> None:
         )
     if mixing and batch_size % 2:
         raise UsageError(
-            f"A device holds {batch_size} images, but mixup and cutmix mix pairs: "
-            "choose a batch size that is even on every device."
+            f"{batch_size} images are mixed at a time, but mixup and cutmix mix pairs: "
+            "choose a batch size that is even on every device, also when it is divided "
+            "by accumulate_steps."
         )
 
 
@@ -168,7 +169,7 @@ def _own_weight(
     Mixup (Zhang et al., arXiv 1710.09412) gives all pixels one weight; CutMix (Yun et
     al., arXiv 1905.04899) gives 0 to a box and 1 to the rest.
     """
-    # Not `_augment_one`'s draws: folding makes another family of keys than splitting.
+    # A child of one of `_augment_one`'s keys, none of whose own draws it repeats.
     kind_key, share_key, centre_key = jax.random.split(jax.random.fold_in(key, 1), 3)
     kind = jax.random.uniform(kind_key)
     is_mixup = kind < augmentation.mixup_probability

@@ -69,7 +69,11 @@ def prepared_builder(data_dir: str) -> Digits:
     try:
         return _prepare(data_dir or None)
     except OSError:
-        fallback = f"wf_vit_{getpass.getuser()}"
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # In a container a user may have no name.
+            user = str(os.getuid())
+        fallback = f"wf_vit_{user}"
         return _prepare(os.path.join(tempfile.gettempdir(), fallback))
 
 

@@ -103,8 +103,13 @@ def _check_room(builder: tfds.core.DatasetBuilder, manual_bytes: int) -> None:
     if manual_bytes:
         size = f"about {manual_bytes / _GIB:.1f} GiB, the size of its archives"
     else:
-        download = sum(info.size for info in builder.url_infos.values())
-        size = f"a download of up to {download / _GIB:.2f} GiB, and about as much again"
+        # Data sets without a file of checksums do not say.
+        sizes = [info.size for info in (builder.url_infos or {}).values()]
+        size = (
+            f"a download of up to {sum(sizes) / _GIB:.2f} GiB, and about as much again"
+            if sizes
+            else "a download of unknown size"
+        )
     if "://" in str(root):
         _LOG.info("%s needs %s in %s.", builder.name, size, root)
         return

@@ -29,6 +29,8 @@ METRIC = "top1"
 
 # Where a damaged checkpoint is moved to, beside the folder of the checkpoints.
 DAMAGED = "damaged_checkpoints"
+# Likewise one whose step is being saved again: until that is whole, it is the newest.
+_REPLACED = "replaced_checkpoints"
 
 # Kept are the two newest and the best, and the next is written before one is removed.
 _MOST = 4
@@ -50,6 +52,8 @@ class Checkpoints:
         """Opens ``workdir/checkpoints``, creating it if need be."""
         self._directory = (workdir / DIRECTORY).absolute()
         self._damaged = (workdir / DAMAGED).absolute()
+        self._replaced = (workdir / _REPLACED).absolute()
+        self._put_back_replaced()
         self._set_aside_without_metrics()
         policies = checkpoint_managers
         options = ocp.CheckpointManagerOptions(
@@ -116,7 +120,7 @@ class Checkpoints:
           state: the state; its step names the checkpoint.
           meta: JSON-serialisable.
           top1: what the best checkpoint is chosen by, if it was measured.
-          again: replaces a checkpoint of this step.
+          again: replaces a checkpoint of this step, which is kept until then.
 
         Raises:
           RunError: the disk is full.
@@ -124,11 +128,12 @@ class Checkpoints:
         state = jax.device_get(state)
         step = int(state.step)
         with self._full_disk_explained():
-            if step in self._manager.all_steps():
-                if not again:
-                    return
-                self._manager.delete(step)
+            replaces = step in self._manager.all_steps()
+            if replaces and not again:
+                return
             self.check_room(state)
+            if replaces:
+                self._put_aside(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -137,6 +142,9 @@ class Checkpoints:
                 ),
                 metrics=None if top1 is None else {METRIC: float(top1)},
             )
+            if replaces:
+                self._manager.wait_until_finished()
+                self._drop_replaced()
 
     def check_room(self, state: TrainState) -> None:
         """Checks that there is room for a checkpoint; the log says if it gets scarce.
@@ -192,6 +200,29 @@ class Checkpoints:
     def _kept(self) -> str:
         folders = stored.step_folders(self._directory)
         return f"Step {folders[-1].name} is kept." if folders else "None is kept yet."
+
+    def _put_aside(self, step: int) -> None:
+        """Moves a step out of the way of the one that replaces it."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            self._replaced.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(self._replaced / str(step))
+        _together("put aside")
+        self._manager.reload()
+
+    def _drop_replaced(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self._replaced)
+        _together("replaced")
+
+    def _put_back_replaced(self) -> None:
+        """Puts a step back that was put aside for one that was never whole."""
+        if jax.process_index() == 0 and self._replaced.exists():
+            for folder in stored.step_folders(self._replaced):
+                if not (self._directory / folder.name).exists():
+                    folder.rename(self._directory / folder.name)
+            shutil.rmtree(self._replaced)
+        _together("put back")
 
     def _set_aside_without_metrics(self) -> None:
         """Sets steps aside whose metrics would stop the manager."""

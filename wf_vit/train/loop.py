@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from wf_vit import stops
+from wf_vit.errors import UsageError
 from wf_vit.models.pretrained.stored import Stored
 from wf_vit.train import parallel, peers, steps
 from wf_vit.train.checkpoint import Checkpoints, chosen, restored
@@ -52,6 +53,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
         if saved is not None:
             check_changes(config, workdir)
         run = open_run(config, done=done)
+        if saved is not None and config.on_change == "stop":
+            _check_data(saved, run)
         training = run.training
         update = parallel.map_update(
             functools.partial(
@@ -76,6 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
         reporter = Reporter(
             workdir,
             step=done.step,
+            evaluation_pending=done.evaluation_pending,
             total=training.durations.total,
             batch_size=run.batch_size,
             active=jax.process_index() == 0,
@@ -140,6 +144,36 @@ def _progress(
     )
 
 
+def _check_data(saved: Stored, run: Run, only: Sequence[str] = ()) -> None:
+    """Compares the data of a checkpoint with that of a run.
+
+    Raises:
+      UsageError: other classes, another number of images to learn from, or another
+        evaluation that chooses the best checkpoint, as far as they count.
+    """
+    names = {
+        "class_names": "classes",
+        "train_examples": "training images",
+        "best_split": "evaluation that chooses the best checkpoint",
+    }
+    changed = []
+    for key in only or names:
+        # A checkpoint of an earlier version does not say all.
+        before, now = saved.meta.get(key, run.meta[key]), run.meta[key]
+        if key == "class_names" and len(before) == len(now):
+            # Of many names, the first that differs.
+            pairs = zip(before, now, strict=True)
+            before, now = next((p for p in pairs if p[0] != p[1]), (None, None))
+        if before != now:
+            changed.append(f"{names[key]}: {before} before, {now} now")
+    if changed:
+        raise UsageError(
+            f"The checkpoint is of other data: {'; '.join(changed)}. Use the data of "
+            "that run, or a new --workdir; to train on all the same, pass "
+            "--config.on_change=continue."
+        )
+
+
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
     """Evaluates a checkpoint of the working directory on every split of the config.
 
@@ -151,6 +185,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, floa
     """
     run = open_run(config, guided=False)
     saved = chosen(workdir, config.evaluate_checkpoint)
+    _check_data(saved, run, only=("class_names",))
     state = restored(saved, run.training.start())
     metrics = run.evaluate(parallel.spread(state.eval_params))
     print(json.dumps({"step": int(state.step), **metrics}))
@@ -199,7 +234,7 @@ def _train(
             if run.draws:
                 reporter.draw(step, lambda: run.pictures(state.eval_params))
         meta = {
-            **run.training.meta,
+            **run.meta,
             "examples_seen": done.examples + (step - done.step) * run.batch_size,
             "updates_skipped": window.updates_skipped,
             "evaluation_pending": evaluates and not evaluation,
@@ -234,7 +269,9 @@ def _train(
         saves = evaluates or step % durations.checkpoint == 0
         if last or step % durations.log == 0:
             scalars = window.close()
-            rate = run.training.learning_rate(step - 1)
+            # An update that is skipped is none that the schedule counts.
+            updates = max(step - window.updates_skipped, 1)
+            rate = run.training.learning_rate(updates - 1)
             scalars["train/learning_rate"] = float(rate)
             examples = done.examples + (step - done.step) * run.batch_size
             scalars["train/epoch"] = examples / num_train

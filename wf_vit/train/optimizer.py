@@ -16,7 +16,7 @@ from wf_vit.shapes import Params
 
 _BLOCK = "blocks_"
 # Top-level parameters of a model that come before its blocks.
-_EMBEDDING = ("patches", "prefix", "position_table")
+_EMBEDDING = ("patches", "prefix", "position_table", "embedding_norm")
 _EPSILON = 1e-8
 # The gradient of a field that covers the grid is some 1e-5 of that of a narrow one, and
 # clipping divides it by the norm of all others: Adam's own epsilon would hide it.

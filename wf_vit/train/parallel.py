@@ -36,11 +36,19 @@ def initialize(config: ml_collections.ConfigDict) -> None:
     options = config.to_dict()
     del options["peer_timeout_seconds"]
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    launched = any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_SIZES)
+    launched = any(int(os.environ.get(name) or 1) > 1 for name in _LAUNCHER_SIZES)
     if config.coordinator_address is not None:
         jax.distributed.initialize(**options)
     elif pod or launched or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UsageError(
+                "The environment says that this is one of several processes, but not "
+                f"where the others are ({error}): start them with srun or mpirun, set "
+                "config.distributed.coordinator_address, or, to run alone, unset "
+                f"{', '.join(name for name in _LAUNCHER_SIZES if name in os.environ)}."
+            ) from error
     stops.handle_again()  # JAX takes SIGTERM for a service of its own.
 
 

@@ -32,7 +32,14 @@ CONFIG = "config.json"
 
 # What a run cannot change and stay one run: what is learned, and from what in which
 # order. Of the model, what only says how it is computed may change.
-_FIXED = ("seed", "model", "data.name", "data.train", "data.shuffle_buffer")
+_FIXED = (
+    "seed",
+    "model",
+    "data.name",
+    "data.train",
+    "data.shuffle_buffer",
+    "data.image_size",
+)
 _FREE = ("model.dtype", "model.remat", "model.drop_path", "model.fields.threshold")
 
 
@@ -70,6 +77,11 @@ def _renamed(name: str) -> str:
     return "train/top1" if name == "train/accuracy" else name
 
 
+def _evaluates(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of an evaluation."""
+    return not any(name.startswith("train/") for name in row)
+
+
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
@@ -88,7 +100,14 @@ class Reporter:
     """
 
     def __init__(
-        self, workdir: Path, *, step: int, total: int, batch_size: int, active: bool
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        total: int,
+        batch_size: int,
+        active: bool,
+        evaluation_pending: bool = False,
     ):
         """Starts reporting.
 
@@ -98,6 +117,7 @@ class Reporter:
           total: steps of the whole run.
           batch_size: images in a step, over all processes.
           active: whether this process reports.
+          evaluation_pending: whether the last of those steps is evaluated again.
         """
         self._active = active
         self._undrawable = False
@@ -110,7 +130,12 @@ class Reporter:
         # would bring Keras, too, which takes a second.
         from wf_vit.data.tensorflow import tf
 
-        kept = [row for row in read_jsonl(workdir) if row["step"] <= step]
+        kept = [
+            row
+            for row in read_jsonl(workdir)
+            if row["step"] < step
+            or (row["step"] == step and not (evaluation_pending and _evaluates(row)))
+        ]
         write_text(
             workdir / JSONL, "".join(_line(row.pop("step"), row) for row in kept)
         )

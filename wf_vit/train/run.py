@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import ml_collections
@@ -45,6 +46,15 @@ class Run:
     draws: bool
     max_skipped_updates: int
     best_split: str
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of the model, its input and its data."""
+        return {
+            **self.training.meta,
+            "train_examples": self.data.info.num_examples["train"],
+            "best_split": [self.best_split, self.data.config.eval[self.best_split]],
+        }
 
     def train_batches(self, examples_seen: int) -> Iterator[steps.Batch]:
         """Yields this process's sharded batches, from any example of the run on."""

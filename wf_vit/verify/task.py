@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,11 @@ def verify(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     loaded = pretrained.load(
         config.weights, image_size=config.image_size, **opening(config)
     )
-    num_classes, num_examples, batches = _open(config, loaded)
+    class_names, num_examples, batches = _open(config, loaded)
     subject = Subject(
         model=loaded.model,
         params=loaded.params,
-        labelled=loaded.model.num_classes == num_classes,
+        labelled=tells_apart(loaded, class_names),
         target=config.target,
         num_probes=config.num_probes,
     )
@@ -207,11 +207,11 @@ def _names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def _open(
     config: ml_collections.ConfigDict, loaded: pretrained.Pretrained
-) -> tuple[int, int, Iterator[tuple[Images, Labels]]]:
+) -> tuple[tuple[str, ...], int, Iterator[tuple[Images, Labels]]]:
     """Opens the data; sizes, resizing and normalisation are the checkpoint's.
 
     Returns:
-      The numbers of classes and of examples, and the batches.
+      The names of the classes, the number of examples, and the batches.
     """
     # Here, because it loads TensorFlow.
     from wf_vit.data.pipeline import open_dataset
@@ -233,7 +233,23 @@ def _open(
         )
         for batch in batches
     )
-    return info.num_classes, info.num_examples[_SPLIT], normalized
+    return info.class_names, info.num_examples[_SPLIT], normalized
+
+
+def tells_apart(loaded: pretrained.Pretrained, names: Sequence[str]) -> bool:
+    """Whether the classes of a checkpoint are those of the data, in this order.
+
+    Names may be written in two ways, as words and as numbers of WordNet, say. But if
+    some are the same and others are not, the classes are others.
+
+    Args:
+      loaded: the checkpoint; it need not know its classes' names.
+      names: of the classes of the data.
+    """
+    if loaded.model.num_classes != len(names):
+        return False
+    known = loaded.class_names or ()
+    return tuple(known) == tuple(names) or not set(known) & set(names)
 
 
 def _protocols(
