@@ -71,6 +71,14 @@ def test_hover_and_keys_show_the_arrays_numbers(explorer):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(("length", "drawn"), [(0.3, 1.5), (0.002, 1.5), (1e-4, 0.15)])
+def test_arrows_are_scaled_up_unless_they_may_be_rounding(explorer, length, drawn):
+    explorer.open()
+    factor = explorer.driver.execute_script(f"return arrowFactor([[0, {length}]], 1);")
+    assert factor * length == pytest.approx(drawn)
+
+
+@pytest.mark.browser
 def test_a_held_patch_and_another_show_what_they_give_each_other(explorer):
     explorer.open("#layer0=0")
     explorer.hover(3, click=True)

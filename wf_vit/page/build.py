@@ -120,6 +120,7 @@ def explorer(
             "layers": [names[index] for index in plan.kept],
             "allLayers": names,
             "lengthSteps": LENGTH_STEPS,
+            "arrowSteps": content.arrow_steps(grid),
             "colors": {"amounts": _table(AMOUNTS), "signed": _table(SIGNED)},
             "indicators": notes,
         }

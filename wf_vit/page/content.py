@@ -13,7 +13,7 @@ from wf_vit.errors import UsageError
 from wf_vit.grid import Grid
 from wf_vit.page import coding
 
-# Lengths (learned fields and arrows) are stored in steps of 1/64 patch.
+# Lengths of learned fields are stored in steps of 1/64 patch.
 LENGTH_STEPS = 64
 
 # A signed effect keeps a bit for its sign.
@@ -154,8 +154,14 @@ def stacks_of(
             given = rows[..., :num_prefix] / np.where(total > 0, total, 1)
             given = np.rint(65535 * given).astype(np.uint16)
             mask = np.packbits(field.mask, axis=-1)
-            stacks.append(Stack(index, kind, share, given, _coded(field), mask))
+            coded = _coded(field, arrow_steps(grid))
+            stacks.append(Stack(index, kind, share, given, coded, mask))
     return stacks
+
+
+def arrow_steps(grid: Grid) -> int:
+    """Returns the steps of a patch in which arrows are stored: none leaves the grid."""
+    return 32767 // max(grid)
 
 
 def _patches_first(matrices: np.ndarray, num_prefix: int) -> np.ndarray:
@@ -179,8 +185,8 @@ def _fields(impact: np.ndarray, grid: Grid, mass: float) -> fields.Field:
     return jax.tree.map(lambda *parts: np.stack(parts), *layers)
 
 
-def _coded(field: fields.Field) -> Int16[np.ndarray, "3 L *heads P"]:
-    arrow = coding.fixed_point(np.moveaxis(field.excess, -1, 0), LENGTH_STEPS)
+def _coded(field: fields.Field, steps: int) -> Int16[np.ndarray, "3 L *heads P"]:
+    arrow = coding.fixed_point(np.moveaxis(field.excess, -1, 0), steps)
     area = np.asarray(field.area)[None] * field.area.shape[-1]
     return np.concatenate([arrow, coding.fixed_point(area, 1)])
 

@@ -75,7 +75,7 @@ class Stack {
     const plane = this.field.length / 3;
     const number = (k) => this.field[k * plane + slice * PATCHES + p];
     return {
-      arrow: [0, 1].map((k) => number(k) / meta.lengthSteps),
+      arrow: [0, 1].map((k) => number(k) / meta.arrowSteps),
       count: number(2),
       area: number(2) / PATCHES,
     };
@@ -328,6 +328,12 @@ function arrowPath(context, x, y, dx, dy, head) {
   }
 }
 
+/** By what to draw arrows; those below 1e-3 patches may be rounding, and stay short. */
+function arrowFactor(arrows, stride) {
+  const longest = Math.max(...arrows.map(([dx, dy]) => Math.hypot(dx, dy)), 1e-3);
+  return (1.5 * stride) / longest;
+}
+
 class Panel {
   constructor(view) {
     this.view = view;
@@ -533,11 +539,10 @@ class Panel {
         arrows.push([p, stack.fieldOf(slice, p).arrow]);
       }
     }
-    const longest = Math.max(...arrows.map(([, [dx, dy]]) => Math.hypot(dx, dy)), 1e-6);
-    const shrink = (1.5 * stride) / longest;
+    const factor = arrowFactor(arrows.map(([, arrow]) => arrow), stride);
     context.beginPath();
     for (const [p, [dx, dy]] of arrows) {
-      const [x, y] = [dx * shrink * this.cell[0], dy * shrink * this.cell[1]];
+      const [x, y] = [dx * factor * this.cell[0], dy * factor * this.cell[1]];
       arrowPath(context, ...this.centre(p), x, y, 4 * devicePixelRatio);
     }
     stroke(context, "#ffffff", devicePixelRatio);
