@@ -341,6 +341,11 @@ def test_the_best_checkpoint_is_chosen_by_the_evaluation_that_is_named(
     metrics = loop.train(digits_config, tmp_path)
     kept = json.loads((tmp_path / "checkpoints/4/metrics/metrics").read_text())
     assert kept["top1"] == metrics["val/top1"] != metrics["test/top1"]
+    digits_config.best_split = ""
+    digits_config.data.eval = {}
+    with pytest.raises(UsageError, match=r"config\.data\.eval is empty"):
+        loop.open_run(digits_config)
+    digits_config.data.eval = {"val": "train[:10%]", "test": "test"}
     digits_config.best_split = "minival"
     with pytest.raises(UsageError, match=r"'minival', but config.data.eval has test"):
         loop.open_run(digits_config)

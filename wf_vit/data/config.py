@@ -205,11 +205,6 @@ class DataConfig:
                 "config.data.eval names an evaluation 'train', which is what the "
                 "metrics of training are called: call it 'train_part', say."
             )
-        if not self.eval:
-            raise UsageError(
-                "config.data.eval is empty, expected at least one evaluation: name "
-                "one, such as {'test': 'test'}; config.eval_epochs says how often."
-            )
 
     @classmethod
     def of(cls, config: ConfigDict) -> "DataConfig":

@@ -180,6 +180,11 @@ def open_run(
 
 def _best_split(wanted: str, splits: list[str]) -> str:
     """Returns the evaluation that chooses the best checkpoint."""
+    if not splits:
+        raise UsageError(
+            "config.data.eval is empty, expected at least one evaluation: name one, "
+            "such as {'test': 'test'}; config.eval_epochs says how often it runs."
+        )
     if wanted and wanted not in splits:
         raise UsageError(
             f"config.best_split is {wanted!r}, but config.data.eval has "
