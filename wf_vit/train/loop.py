@@ -147,9 +147,14 @@ def _progress(
 def _check_data(saved: Stored, run: Run, only: Sequence[str] = ()) -> None:
     """Compares the data of a checkpoint with that of a run.
 
+    Args:
+      saved: the checkpoint.
+      run: which is to use it.
+      only: what is compared, of the names in ``Run.meta``; nothing given: all.
+
     Raises:
-      UsageError: other classes, another number of images to learn from, or another
-        evaluation that chooses the best checkpoint, as far as they count.
+      UsageError: other classes, another number of training images, or another
+        evaluation that chooses the best checkpoint.
     """
     names = {
         "class_names": "classes",
