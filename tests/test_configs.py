@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.cases import slow
 from wf_vit.models import registry
 from wf_vit.models.registry import ModelConfig
 from wf_vit.train import loop
@@ -85,7 +86,7 @@ def test_vit_and_windowfree_differ_in_the_model_only():
     assert vit == windowfree
 
 
-@pytest.mark.parametrize("name", ["windowfree", "vit"])
+@pytest.mark.parametrize("name", ["windowfree", slow("vit")])
 def test_imagenet_recipe_runs_on_mock_data(name, tmp_path):
     config = load(name, "runlocal")
     with tfds.testing.mock_data(num_examples=40):

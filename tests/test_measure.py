@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow
 from tests.networks import apply
 from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
@@ -436,7 +437,8 @@ _counted.defvjp(_counted_forward, _counted_backward)
 
 
 @pytest.mark.parametrize(
-    ("model_class", "num_probes"), [(CountedViT, 2), (CountedViT, 5), (CountedWinfT, 3)]
+    ("model_class", "num_probes"),
+    [(CountedViT, 5), (CountedWinfT, 3), slow(CountedViT, 2)],
 )
 def test_all_indicators_share_one_forward_pass(images, model_class, num_probes):
     """A photograph: every indicator, fused and per head, and their recording."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import pods
+from tests.cases import slow
 from wf_vit.data.config import DataInfo
 from wf_vit.errors import UsageError
 from wf_vit.train import parallel, steps
@@ -35,8 +36,10 @@ def all_reduced(program):
     return total
 
 
-@pytest.mark.parametrize("model", ["vit", "windowfree"])
-@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "accumulate_steps"),
+    [("windowfree", 2), slow("windowfree", 1), slow("vit", 1), slow("vit", 2)],
+)
 def test_the_bytes_are_those_of_the_compiled_update(model, accumulate_steps):
     config = tiny_config(model)
     config.accumulate_steps = accumulate_steps

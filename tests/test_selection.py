@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow
 from wf_vit import interventions, measure
 from wf_vit.errors import UsageError
 from wf_vit.models.vit import ViT
@@ -130,7 +131,7 @@ def test_keys_go_where_they_gain_most_and_the_rest_to_those_without_error():
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("cls", "tokens"), ("cls", "cls"), ("mean", "pooled")]
+    ("name", "target"), [("mean", "pooled"), slow("cls", "tokens"), slow("cls", "cls")]
 )
 def test_removed_patches_are_among_the_best_of_all_choices(name, target):
     model, params = network(name)

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from benchmarks import speed
+from tests.cases import slow
 from wf_vit.errors import UsageError
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_steps_are_measured_beside_the_floor(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(speed, "STEPS", {"mu": ("mu/4", 16, 8, {})})
     options = speed.Options(turns=2, dtype=dtype, images=2, peak_tflops=1)

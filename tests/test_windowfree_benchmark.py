@@ -1,15 +1,28 @@
 """The benchmark of WinfT: what is stopped goes on, and the whole cost is counted."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import windowfree
+from benchmarks import sweep, windowfree
 from tests.test_sweep import CLASSES, TEST, random_split, tiny_config
 from wf_vit.errors import UsageError
 from wf_vit.models.pretrained import load
 
 DATA = {"train": random_split(0, 30), "test": TEST}
+
+
+MUON = {"optimizer.name": "muon", "ema_decay": 0.9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_threshold():
+    """Hard mode is evaluated once: each threshold is a program more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windowfree, "HARD", (0.05,))
+        yield
 
 
 def config_of(name, teachers=None, **changes):
@@ -25,22 +38,34 @@ def run(folder, config, stopping=lambda: False, seeds=(3, 5), name="winft"):
     )
 
 
-def test_a_stopped_variant_goes_on_and_ends_the_same(tmp_path, capsys):
-    config = config_of("winft", **{"optimizer.name": "muon", "ema_decay": 0.9})
-    whole = run(tmp_path / "whole", config)
+def without_times(result):
+    assert result["seconds"] > 0
+    rows = []
+    for row in (result, *result["rows"]):
+        assert row["train_images_per_second"] > 0
+        times = ("seconds", "train_images_per_second", "rows")
+        rows.append({name: row[name] for name in row if name not in times})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def trained_whole(tmp_path_factory):
+    """The folder of a variant that was trained at once, and its results."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, config_of("winft", **MUON))
+
+
+def test_a_stopped_variant_goes_on_and_ends_the_same(tmp_path, capsys, trained_whole):
+    folder, whole = trained_whole
+    config = config_of("winft", **MUON)
     # Once in the middle of an interval, and once at the end.
     assert run(tmp_path / "parts", config, lambda: True) is None
     assert run(tmp_path / "parts", config, iter([False, True]).__next__) is None
     parts = run(tmp_path / "parts", config)
     assert "epoch 3  stopped, and saved in" in capsys.readouterr().out
     assert [row["epoch"] for row in whole["rows"]] == [2, 3]
-    for result in (whole, parts):
-        for row in result["rows"]:
-            assert row.pop("train_images_per_second") > 0
-        assert result.pop("seconds") > 0
-        assert result.pop("train_images_per_second") > 0
-    assert parts == whole
-    one, other = (load(tmp_path / f / "runs/winft") for f in ("whole", "parts"))
+    assert without_times(parts) == without_times(whole)
+    one, other = (load(f / "runs/winft") for f in (folder, tmp_path / "parts"))
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
@@ -55,12 +80,14 @@ def test_other_settings_are_not_mixed(tmp_path):
     assert run(tmp_path, config_of("winft", eval_epochs=1.0))["rows"][0]["epoch"] == 2
 
 
-def test_the_cost_of_the_teacher_is_counted(tmp_path):
-    results = {"winft": run(tmp_path, config_of("winft"), seeds=[0])}
-    config = config_of("winft_guided", tmp_path / "runs", guidance_steps=3)
+def test_the_cost_of_the_teacher_is_counted(tmp_path, trained_whole):
+    folder, whole = trained_whole
+    runs, results = tmp_path / "runs", {"winft": dict(whole)}
+    shutil.copytree(folder / "runs", runs)
+    config = config_of("winft_guided", runs, guidance_steps=3)
     config.guidance.indicator = "mean"
-    guided = run(tmp_path, config, seeds=[0], name="winft_guided")
-    assert guided["training_flops"] is None
+    training = sweep.Sweep(config, [0], DATA["train"], DATA["test"], CLASSES).training
+    assert windowfree.training_flops(training, config) is None
     windowfree.write_results(tmp_path / windowfree.RESULTS, results)
     results["winft_guided"] = run(tmp_path, config, seeds=[0], name="winft_guided")
     own = results["winft"]["training_flops"]

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from tests.cases import slow
 from tests.data.datasets import dataset_of
 from tests.data.test_files import write
 from wf_vit.data import pipeline
@@ -219,8 +220,10 @@ def epoch(config, index=0, count=1, groups=1):
     ]
 
 
-@pytest.mark.parametrize("change", [bad_label, bad_image])
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [(bad_label, 4), (bad_image, 1), slow(bad_label, 1), slow(bad_image, 4)],
+)
 def test_a_skipped_example_is_masked_in_its_place(config, change, groups):
     whole = epoch(config, groups=groups)
     rewrite(shard(config), change)
@@ -235,8 +238,15 @@ def test_a_skipped_example_is_masked_in_its_place(config, change, groups):
     assert sum((~half).sum() for half in halves) == (~mask).sum()
 
 
-@pytest.mark.parametrize("spoil", [remove, empty, cut, flip_bit])
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("spoil", "groups"),
+    [
+        (remove, 1),
+        (flip_bit, 4),
+        *(slow(spoil, 1) for spoil in (empty, cut, flip_bit)),
+        *(slow(spoil, 4) for spoil in (remove, empty, cut)),
+    ],
+)
 def test_what_a_lost_file_held_is_masked_in_its_place(config, spoil, groups):
     whole = epoch(config, groups=groups)
     spoil(shard(config))

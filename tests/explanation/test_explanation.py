@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow
 from tests.explanation.example import GRID, SIZE, VIT, arrays_of, make_config, noise
 from tests.networks import random_params
 from tests.runs import small_winft
@@ -132,7 +133,7 @@ def test_discriminability_of_the_largest_number_is_drawn(run):
     np.testing.assert_array_equal(again.get_xydata(), mark.get_xydata())
 
 
-@pytest.mark.parametrize("target", ["tokens", "class"])
+@pytest.mark.parametrize("target", [slow("tokens"), "class"])
 def test_what_the_model_can_do_without_is_found_and_kept(tmp_path, target):
     found, loaded, images = explained(target, removal=True)
     model, params = loaded.model, loaded.params

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow_but
 from tests.networks import apply
 from wf_vit import grid as geometry
 from wf_vit.models import attention, blocked, learned_fields
@@ -99,7 +100,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, "vit", "hard winft"))
 def test_every_way_to_attend_gives_the_same_model(name, request):
     """Outputs and gradients: with weights, without them, and in blocks."""
     model = MODELS[name]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow_but
 from wf_vit import grid as geometry
 from wf_vit.models import controls, registry
 from wf_vit.models.attention import DROPPED, FIELD_NAMES, REPORT
@@ -124,7 +125,7 @@ def test_only_positions_count_and_some_patches_are_as_among_all(name):
         )
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("name", slow_but(CONTROLS, "gaussian", "relative_bias"))
 def test_a_control_is_a_vit_but_for_its_bias(name):
     """The same parameters, given the bias by hand, and its round trip as JSON."""
     options = {"pool": "cls", "cls_token": True, "dtype": "float32"}

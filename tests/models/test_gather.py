@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow_but
 from tests.networks import SMALL, apply, images_for, random_params
 from wf_vit import interventions
 from wf_vit.errors import UsageError
@@ -26,7 +27,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS, scope="module")
+@pytest.fixture(
+    params=slow_but(MODELS, "mean-pooled vit", "rotary windowfree", "hard windowfree"),
+    scope="module",
+)
 def network(request):
     """A model with random parameters, and the stream before layer ``START``."""
     model = MODELS[request.param]

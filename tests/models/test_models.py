@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow
 from tests.networks import SMALL, apply, images_for, random_params
 from wf_vit.errors import UsageError
 from wf_vit.models import registry
@@ -67,9 +68,9 @@ def test_parameter_count(name, variant):
     "options",
     [
         {},
-        {"pool": "mean", "cls_token": False, "positions": "sincos"},
         {"pool": "map", "num_registers": 3, "layer_scale": 0.1},
-        {"distillation_token": True, "mlp": "swiglu"},
+        slow({"pool": "mean", "cls_token": False, "positions": "sincos"}),
+        slow({"distillation_token": True, "mlp": "swiglu"}),
     ],
 )
 def test_wide_fields_are_exactly_a_vit(options):

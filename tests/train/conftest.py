@@ -5,8 +5,7 @@ import pytest
 from wf_vit.train.config import default_config, set_duration
 
 
-@pytest.fixture
-def digits_config():
+def tiny_digits():
     """Four steps of batch 16 on digits; a model with fields, everything switched on."""
     config = default_config("windowfree", "mu/4")
     config.model.update(width=16, depth=1, mlp_dim=16, dtype="float32")
@@ -30,3 +29,9 @@ def digits_config():
     set_duration(config, "eval", steps=2)
     set_duration(config, "checkpoint", steps=2)
     return config.lock()
+
+
+@pytest.fixture
+def digits_config():
+    """The experiment, of one test."""
+    return tiny_digits()

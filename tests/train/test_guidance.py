@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow
 from tests.networks import apply
 from tests.train.taught import (
     MEAN,
@@ -210,8 +211,10 @@ def test_the_loss_is_weighted_and_the_teacher_rests_when_it_is_over(step, share)
     np.testing.assert_allclose(alone, 2 * share * 0.3 * area, rtol=1e-5)
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize(("step", "share"), [(5, 0.5), (10, 0.0)])
+@pytest.mark.parametrize(
+    ("step", "share", "per_head"),
+    [(5, 0.5, True), (10, 0.0, False), slow(5, 0.5, False), slow(10, 0.0, True)],
+)
 def test_attention_is_taught_with_the_weight_of_the_step(step, share, per_head):
     student = vit(num_registers=2)
     guidance, params = taught_by(student, "mean", match="attention", per_head=per_head)

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from tests.cases import slow
 from tests.networks import apply, random_params
 from tests.runs import small_winft, write_run
+from tests.train.conftest import tiny_digits
 from wf_vit.errors import UsageError
 from wf_vit.models import pretrained
 from wf_vit.models.windowfree import FieldConfig, WindowFreeViT
@@ -24,10 +26,14 @@ from wf_vit.train.window import NonFiniteLossError
 from wf_vit.workdir import held
 
 
+def draw_nothing(patch):
+    patch.setattr(loop, "save_figures", lambda *_, **__: None)
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """Runs draw nothing at their end, which takes longer than they do."""
-    monkeypatch.setattr(loop, "save_figures", lambda *_, **__: None)
+    draw_nothing(monkeypatch)
 
 
 def last_state(config, workdir, which="last"):
@@ -50,7 +56,7 @@ def stop_after(config, steps):
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", slow("muon")])
 def test_resuming_is_bit_for_bit(digits_config, tmp_path, monkeypatch, optimizer):
     digits_config.optimizer.name = optimizer
     loop.train(digits_config, tmp_path / "whole")
@@ -138,7 +144,12 @@ def taken(monkeypatch):
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("sizes", "kept"),
-    [((16, 8), "meta"), ((8, 16), "meta"), ((16, 24), "config"), ((8, 16), "nothing")],
+    [
+        ((16, 8), "meta"),
+        ((8, 16), "nothing"),
+        slow((8, 16), "meta"),
+        slow((16, 24), "config"),
+    ],
 )
 def test_another_batch_size_goes_on_at_the_next_example(
     digits_config, tmp_path, monkeypatch, taken, sizes, kept
@@ -357,7 +368,7 @@ def test_the_best_checkpoint_is_chosen_by_the_evaluation_that_is_named(
     [
         ({"class_names": list("0123456798")}, "classes: 9 before, 8 now"),
         ({"train_examples": 1000}, r"training images: 1000 before, 14\d\d now"),
-        ({"best_split": ["test", "test[:5]"]}, r"'test\[:5\]'\] before"),
+        slow({"best_split": ["test", "test[:5]"]}, r"'test\[:5\]'\] before"),
     ],
 )
 def test_a_checkpoint_of_other_data_is_refused(
@@ -453,30 +464,41 @@ def signalled(monkeypatch):
     return when
 
 
-@pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("looks", [1, 2, 3, 5, 6, 8])
-def test_a_stop_at_any_moment_changes_nothing(
-    digits_config, tmp_path, signalled, looks
-):
-    """At a step, at a step that is evaluated, and within an evaluation of five batches.
+# Reports come every third step, so that a stop also falls between two of them.
+THIRDS = {"log_steps": 3, "checkpoint_steps": 3}
 
-    Reports come every third step, so that a stop also falls between two of them.
-    """
-    digits_config.update(log_steps=3, checkpoint_steps=3)
-    loop.train(digits_config, tmp_path / "whole")
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """The folder of a run that nobody stopped."""
+    folder, config = tmp_path_factory.mktemp("whole"), tiny_digits()
+    config.update(THIRDS)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        loop.train(config, folder)
+    return folder
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("looks", [2, 5, *map(slow, (1, 3, 6, 8))])
+def test_a_stop_at_any_moment_changes_nothing(
+    digits_config, never_stopped, tmp_path, signalled, looks
+):
+    """At a step that is evaluated, within an evaluation of five batches, elsewhere."""
+    digits_config.update(THIRDS)
     count = itertools.count(1)
     signalled(lambda: next(count) == looks)
     with pytest.raises(Stopped, match=r"Saved step (\d)\.") as stop:
-        loop.train(digits_config, tmp_path / "parts")
-    saved = chosen(tmp_path / "parts", "last")
+        loop.train(digits_config, tmp_path)
+    saved = chosen(tmp_path, "last")
     assert f"Saved step {saved.arrays['step']}." in str(stop.value)
     signalled(lambda: False)
-    loop.train(digits_config, tmp_path / "parts")
+    loop.train(digits_config, tmp_path)
     for which in ("last", "best"):
-        ends = [chosen(tmp_path / name, which) for name in ("whole", "parts")]
+        ends = [chosen(folder, which) for folder in (never_stopped, tmp_path)]
         for path, array in ends[0].arrays.items():
             np.testing.assert_array_equal(ends[1].arrays[path], array, err_msg=path)
-    reports = [read_jsonl(tmp_path / name) for name in ("whole", "parts")]
+    reports = [read_jsonl(folder) for folder in (never_stopped, tmp_path)]
     for row in itertools.chain(*reports):
         row.pop("train/images_per_second", None)
     assert reports[0] == reports[1]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import slow
 from tests.train.taught import images_for, keys, random_rows, target, taught_by, vit
 from wf_vit import indicators, measure
 from wf_vit.errors import UsageError
@@ -12,9 +13,16 @@ from wf_vit.models import parameters
 from wf_vit.train.teacher import Teacher, renormalized, resample
 
 
-@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(
-    "indicator", ["mean", "odds", "rollout", "knockout", "propagated"]
+    ("indicator", "per_head"),
+    [
+        ("mean", False),
+        ("rollout", False),
+        ("knockout", True),
+        ("propagated", True),
+        *(slow(name, True) for name in ("mean", "odds", "rollout")),
+        *(slow(name, False) for name in ("odds", "knockout", "propagated")),
+    ],
 )
 def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
     teacher, student = vit(num_registers=1), vit()
@@ -56,7 +64,12 @@ def test_a_teacher_of_the_same_shape_is_recorded_as_it_is(indicator, per_head):
 
 @pytest.mark.parametrize(
     ("deep", "shallow", "expected"),
-    [(5, 3, [0, 2, 4]), (3, 5, [0, 1, 1, 2, 2]), (4, 1, [0]), (12, 4, [0, 4, 7, 11])],
+    [
+        (5, 3, [0, 2, 4]),
+        (3, 5, [0, 1, 1, 2, 2]),
+        slow(4, 1, [0]),
+        slow(12, 4, [0, 4, 7, 11]),
+    ],
 )
 def test_layers_are_matched_by_relative_depth(deep, shallow, expected):
     teacher = vit(depth=deep)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tests.cases import slow
 from tests.runs import small_winft, write_run
 from tests.verify.conftest import noisy_params
 from wf_vit import verify
@@ -112,7 +113,7 @@ def test_a_protocol_leaves_outcomes_numbers_tables_and_figures(
         _numbers_are_those_of_their_rule(written["windows"], found["windows/cosine"])
 
 
-@pytest.mark.parametrize("protocol", ["tendency", "class_maps"])
+@pytest.mark.parametrize("protocol", ["tendency", slow("class_maps")])
 def test_what_has_no_number_stops_nothing(config, tmp_path, protocol):
     """No patch of the last layer hears another for CLS's sake; Grad-CAM may be 0."""
     model = small_winft(num_classes=10, image_size=16, cls_token=True, pool="cls")

@@ -41,19 +41,38 @@ class Reading:
     image_size: Size
     on_error: str
 
+    def dataset(
+        self, records: tf.data.Dataset, batch_size: int, *, drop_remainder: bool
+    ) -> tf.data.Dataset:
+        """Returns the batches of records, to be read any number of times.
+
+        Args:
+          records: of the split.
+          batch_size: B.
+          drop_remainder: whether to leave out a last batch that is not full.
+        """
+        options = tf.data.Options()
+        # Examples are decoded in parallel, so that one need not be.
+        options.threading.max_intra_op_parallelism = 1
+        make = self._masked if self._skips else self._mapped
+        return (
+            make(records)
+            .batch(batch_size, drop_remainder=drop_remainder)
+            .prefetch(tf.data.AUTOTUNE)
+            .with_options(options)
+        )
+
     def batches(
         self,
+        dataset: tf.data.Dataset,
         records_after: Callable[[int], tf.data.Dataset],
-        batch_size: int,
-        *,
-        drop_remainder: bool,
     ) -> Iterator[Batch]:
         """Yields batches of examples, in the order of the records.
 
         Args:
-          records_after: returns the records that follow so many batches.
-          batch_size: B.
-          drop_remainder: whether to leave out a last batch that is not full.
+          dataset: of `dataset`.
+          records_after: returns its records that follow so many batches; they are read
+            again to name one that cannot be used.
 
         Yields:
           ``image``, ``label`` and, with ``on_error="skip"``, ``mask`` bool ``[B]``,
@@ -62,26 +81,20 @@ class Reading:
         Raises:
           UsageError: naming the example or the file that cannot be read.
         """
-        options = tf.data.Options()
-        # Examples are decoded in parallel, so that one need not be.
-        options.threading.max_intra_op_parallelism = 1
-        skips = self.on_error == "skip"
-        examples = (self._masked if skips else self._mapped)(records_after(0))
-        batches = (
-            examples.batch(batch_size, drop_remainder=drop_remainder)
-            .prefetch(tf.data.AUTOTUNE)
-            .with_options(options)
-        )
         data_error = tf.errors.OpError  # `tf` is gone at interpreter exit
         done = 0
         try:
-            for batch in batches.as_numpy_iterator():
-                if not skips and not self._has_classes(batch["label"]):
+            for batch in dataset.as_numpy_iterator():
+                if not self._skips and not self._has_classes(batch["label"]):
                     raise UsageError(self._bad_label(records_after(done)))
                 yield batch
                 done += 1
         except data_error as error:
             raise UsageError(self._cause(error, lambda: records_after(done))) from error
+
+    @property
+    def _skips(self) -> bool:
+        return self.on_error == "skip"
 
     def _mapped(self, records: tf.data.Dataset) -> tf.data.Dataset:
         return records.map(_as_it_is(self.example), num_parallel_calls=tf.data.AUTOTUNE)

@@ -92,6 +92,17 @@ def open_folder(root: str, on_error: str = ON_ERROR[0]) -> Source:
         ]
     )
 
+    def examples_of(split: Any) -> tuple[list[str], list[int]]:
+        paths, labels = [], []
+        for part in _slices(split, infos, root):
+            paths += examples[part.splitname][0][part.from_ : part.to]
+            labels += examples[part.splitname][1][part.from_ : part.to]
+        if not paths:
+            raise UsageError(
+                f"The split {split!r} of the folder {printable(root)} is empty."
+            )
+        return paths, labels
+
     def read(split: Any, shuffle_seed: tf.Tensor | None) -> tf.data.Dataset:
         return read_range(split, 0, None, shuffle_seed)
 
@@ -104,14 +115,7 @@ def open_folder(root: str, on_error: str = ON_ERROR[0]) -> Source:
         groups: int = 1,
     ) -> tf.data.Dataset:
         del groups
-        paths, labels = [], []
-        for part in _slices(split, infos, root):
-            paths += examples[part.splitname][0][part.from_ : part.to]
-            labels += examples[part.splitname][1][part.from_ : part.to]
-        if not paths:
-            raise UsageError(
-                f"The split {split!r} of the folder {printable(root)} is empty."
-            )
+        paths, labels = examples_of(split)
         records = tf.data.Dataset.from_tensor_slices(
             {
                 "path": tf.constant([os.fsencode(path) for path in paths])[begin:end],
@@ -136,6 +140,7 @@ def open_folder(root: str, on_error: str = ON_ERROR[0]) -> Source:
 
     return Source(
         class_names=tuple(class_names),
+        count=lambda split: len(examples_of(split)[0]),
         read=read,
         read_range=read_range,
         load=load,

@@ -77,6 +77,8 @@ class Dataset:
     config: DataConfig
     info: DataInfo
     source: Source
+    # What evaluations read, which takes longer to make than a small split to read.
+    _opened: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def train_batches(
         self,
@@ -143,7 +145,8 @@ class Dataset:
 
         place = share.places.astype(np.int32)
         reading = self._reading(self.config.train, example)
-        batches = reading.batches(records_after, len(place), drop_remainder=True)
+        dataset = reading.dataset(records_after(0), len(place), drop_remainder=True)
+        batches = reading.batches(dataset, records_after)
         return ({**batch, "place": place} for batch in batches)
 
     def eval_batches(
@@ -178,26 +181,12 @@ class Dataset:
                 f"{sorted(self.config.eval)}."
             )
         split = self.config.eval[label]
-        image = decode.eval_view(self.config.view)
-
-        def example(record: Record) -> Record:
-            record = self.source.load(record)
-            return {
-                "image": image(record["image"]),
-                "label": tf.cast(record["label"], tf.int32),
-            }
-
         # Parts are given out from the first process on: that of process 0 is largest.
         largest = self.source.count(_part(split, 0, process_count))
         batches: Iterator[Batch] = iter(())
         if process_index < self.info.num_examples[label]:
             part = _part(split, process_index, process_count)
-            records = self.source.read(part, None)
-            batches = self._reading(split, example).batches(
-                lambda done: records.skip(done * batch_size),
-                batch_size,
-                drop_remainder=False,
-            )
+            batches = self._evaluated(split, part, batch_size)
         empty = {
             "image": np.zeros((0, *self.config.view.image_size, 3), np.uint8),
             "label": np.zeros((0,), np.int32),
@@ -206,6 +195,26 @@ class Dataset:
             _padded(next(batches, empty), batch_size)
             for _ in range(math.ceil(largest / batch_size))
         )
+
+    def _evaluated(self, split: str, part: Any, batch_size: int) -> Iterator[Batch]:
+        """Yields the batches of a part of an evaluation split."""
+        key = (str(part), batch_size)
+        if key not in self._opened:
+            image = decode.eval_view(self.config.view)
+
+            def example(record: Record) -> Record:
+                record = self.source.load(record)
+                return {
+                    "image": image(record["image"]),
+                    "label": tf.cast(record["label"], tf.int32),
+                }
+
+            records = self.source.read(part, None)
+            reading = self._reading(split, example)
+            dataset = reading.dataset(records, batch_size, drop_remainder=False)
+            self._opened[key] = reading, records, dataset
+        reading, records, dataset = self._opened[key]
+        return reading.batches(dataset, lambda done: records.skip(done * batch_size))
 
     def _reading(self, split: str, example: Callable[..., Record]) -> Reading:
         return Reading(

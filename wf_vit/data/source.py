@@ -18,6 +18,8 @@ class Source:
 
     Attributes:
       class_names: C names; a label is an index into them.
+      count: of the examples of a split; raises UsageError if there is no such split, or
+        it is empty.
       read: ``(split, shuffle_seed) -> dataset`` of records in the source's own form.
         ``split`` is whatever TFDS takes; a ``shuffle_seed`` (an int64 tensor, or
         None) also shuffles as much as is cheap, such as the order of the files.
@@ -32,17 +34,10 @@ class Source:
     """
 
     class_names: tuple[str, ...]
+    count: Callable[[Any], int]
     read: Callable[[Any, tf.Tensor | None], tf.data.Dataset]
     read_range: Callable[..., tf.data.Dataset]
     load: Callable[[Record], Record]
     identify: Callable[[Record], tf.Tensor]
     check: Callable[[Iterable[Any]], None] = lambda splits: None
     damage: Callable[[Any], str] = lambda split: ""
-
-    def count(self, split: Any) -> int:
-        """Returns the number of examples in a split.
-
-        Raises:
-          UsageError: there is no such split, or it is empty.
-        """
-        return int(self.read(split, None).cardinality())

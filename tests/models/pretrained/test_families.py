@@ -6,12 +6,18 @@ import numpy as np
 import optax
 import pytest
 
+from tests.cases import slow_but
 from tests.models.pretrained.checkpoints import KINDS, load
 from tests.networks import apply, images_for
 from wf_vit import fields, measure
 from wf_vit.models import registry
 from wf_vit.models.registry import ModelConfig
 from wf_vit.models.windowfree import FieldConfig
+
+# Gated, with rotary positions, without CLS, and with a pool of its own.
+SOME = slow_but(
+    KINDS, "timm_dinov2_registers_swiglu", "hf_dinov3_gated", "hf_siglip", "hf_beit"
+)
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -33,6 +39,7 @@ def test_what_is_recorded_is_what_runs(loaded):
     assert (recorded.scale > 0).all()
 
 
+@pytest.mark.parametrize("loaded", SOME, indirect=True)
 def test_impacts_and_fields_are_finite_and_of_every_patch(loaded):
     model, images = loaded.model, images_for(loaded.model)
     patches = model.grid[0] * model.grid[1]
@@ -83,6 +90,7 @@ def test_cutting_an_interaction_does_what_knockout_says(loaded):
     assert not np.delete(np.asarray(moved[0]), i, axis=0).any()
 
 
+@pytest.mark.parametrize("loaded", SOME, indirect=True)
 def test_a_step_of_fine_tuning_as_a_winft(loaded):
     model, images = loaded.model, images_for(loaded.model)
     wide = ModelConfig(
